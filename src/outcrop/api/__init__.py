@@ -1,0 +1,1 @@
+"""Operations: one thin function for each AWS operation, and the ASGI app."""

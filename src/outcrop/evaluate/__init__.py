@@ -1,0 +1,1 @@
+"""Numbers about a model: likelihood, and metrics of generated text."""

@@ -1,0 +1,107 @@
+"""Identifiers of resources: made and taken apart here only.
+
+Forms follow the patterns of botocore's `bedrock` model: ids are 12 characters of [a-z0-9], the account
+field of a foundation model's ARN is empty, and a customized model's ARN names the base model it came from.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import uuid
+from dataclasses import dataclass
+
+_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+ID_LENGTH = 12
+
+
+def new_id() -> str:
+    """Return 12 random characters of [a-z0-9], the form of every resource id on the wire (62 bits)."""
+    return "".join(secrets.choice(_ID_ALPHABET) for _ in range(ID_LENGTH))
+
+
+def new_request_id() -> str:
+    """Return the id that names one request in its answer and in the logs."""
+    return str(uuid.uuid4())
+
+
+@dataclass(frozen=True)
+class Arn:
+    """`arn:partition:service:region:account:resource_type/resource_id`, where the id may hold slashes."""
+
+    partition: str
+    service: str
+    region: str
+    account: str
+    resource_type: str
+    resource_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"arn:{self.partition}:{self.service}:{self.region}:{self.account}:"
+            f"{self.resource_type}/{self.resource_id}"
+        )
+
+
+def parse_arn(text: str) -> Arn | None:
+    """Take an ARN apart, or return None where the text is not one with a `type/id` resource."""
+    parts = text.split(":", 5)
+    if len(parts) != 6 or parts[0] != "arn" or "/" not in parts[5]:
+        return None
+    resource_type, resource_id = parts[5].split("/", 1)
+    return Arn(parts[1], parts[2], parts[3], parts[4], resource_type, resource_id)
+
+
+def foundation_model_arn(region: str, model_id: str) -> str:
+    """Return the ARN of a base model; its account field is empty."""
+    return f"arn:aws:bedrock:{region}::foundation-model/{model_id}"
+
+
+def customization_job_arn(region: str, account: str, base_model_id: str, job_id: str) -> str:
+    """Return a job's ARN; `base_model_id` is the context-suffixed id, as in `amazon.titan-text-express-v1:0:8k`."""
+    return f"arn:aws:bedrock:{region}:{account}:model-customization-job/{base_model_id}/{job_id}"
+
+
+def custom_model_arn(region: str, account: str, base_model_id: str, model_id: str) -> str:
+    """Return a custom model's ARN; the human name is never part of it."""
+    return f"arn:aws:bedrock:{region}:{account}:custom-model/{base_model_id}/{model_id}"
+
+
+def provisioned_model_arn(region: str, account: str, provisioned_id: str) -> str:
+    """Return the ARN of a provisioned throughput."""
+    return f"arn:aws:bedrock:{region}:{account}:provisioned-model/{provisioned_id}"
+
+
+def role_arn(account: str, name: str) -> str:
+    """Return the ARN of a role."""
+    return f"arn:aws:iam::{account}:role/{name}"
+
+
+def user_arn(account: str, name: str) -> str:
+    """Return the ARN of a user."""
+    return f"arn:aws:iam::{account}:user/{name}"
+
+
+@dataclass(frozen=True)
+class S3Uri:
+    """A bucket and a key; the key is "" where the URI names the bucket alone."""
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+    def join(self, name: str) -> S3Uri:
+        """Return the URI of `name` below this one, with exactly one slash between."""
+        prefix = self.key.rstrip("/")
+        return S3Uri(self.bucket, f"{prefix}/{name}" if prefix else name)
+
+
+_S3_URI = re.compile(r"s3://([a-z0-9][a-z0-9.\-]{1,61}[a-z0-9])(?:/(.*))?", re.DOTALL)
+
+
+def parse_s3_uri(text: str) -> S3Uri | None:
+    """Take `s3://bucket/key` apart, or return None where the text is not of that form."""
+    found = _S3_URI.fullmatch(text)
+    return S3Uri(found[1], found[2] or "") if found else None

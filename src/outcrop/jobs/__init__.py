@@ -1,0 +1,1 @@
+"""Durable execution: from a row to a finished row."""

@@ -1,0 +1,1 @@
+"""Base models: the catalogue, weights, tokenizers, adapters."""

@@ -1,0 +1,1 @@
+"""Where files live: the S3 client and the embedded object store."""

@@ -1,0 +1,1 @@
+"""Child processes: spawn, readiness, restart, end with the parent."""

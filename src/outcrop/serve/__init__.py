@@ -1,0 +1,1 @@
+"""From a prompt to tokens: the engine, its server and the client of its socket."""

@@ -1,0 +1,211 @@
+"""What the operator sets: one frozen object, read once at the edge.
+
+A setting comes from the command line, else from `OUTCROP_<NAME>` in the environment, else from a TOML file
+(`OUTCROP_CONFIG`, else `outcrop.toml` in the data directory), else from its default. Nothing else in Outcrop
+reads the environment. An unknown `OUTCROP_*` variable or key is refused: a misspelt setting must not be ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from outcrop.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "OUTCROP_"
+CONFIG_VARIABLE = "OUTCROP_CONFIG"
+CONFIG_FILE = "outcrop.toml"
+
+
+def _setting(help: str, default: Any = MISSING, *, secret: bool = False, **kwargs: Any) -> Any:
+    metadata = {"help": help, "secret": secret}
+    if "default_factory" in kwargs:
+        return field(default_factory=kwargs["default_factory"], repr=not secret, metadata=metadata)
+    return field(default=default, repr=not secret, metadata=metadata)
+
+
+def _default_data_dir() -> Path:
+    return Path(platformdirs.user_data_dir("outcrop", appauthor=False))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of the service; the help text of each is also its line in docs/settings.md."""
+
+    data_dir: Path = _setting(
+        "The one directory that holds everything: database, objects, models, logs.",
+        default_factory=_default_data_dir,
+    )
+    host: str = _setting("Address the gateway listens on.", "127.0.0.1")
+    port: int = _setting("Port the gateway listens on; 0 takes a free one.", 7070)
+    account: str = _setting("Account id made at the first start, 12 digits.", "123456789012")
+    region: str = _setting("Region the service answers for.", "us-east-1")
+    database_url: str = _setting(
+        "SQLAlchemy URL of the database; empty means SQLite in the data directory.", "", secret=True
+    )
+    s3_endpoint_url: str = _setting(
+        "URL of an S3 of your own; empty means the embedded object store.", ""
+    )
+    s3_access_key_id: str = _setting("Access key for your own S3.", "", secret=True)
+    s3_secret_access_key: str = _setting("Secret key for your own S3.", "", secret=True)
+    s3_region: str = _setting("Region your own S3 signs with.", "us-east-1")
+    job_slots: int = _setting(
+        "Jobs that may run at once; 0 means as many as cores and memory carry (one on two cores).", 0
+    )
+    train_threads: int = _setting("Threads of one training process; 0 means its share of the cores.", 0)
+    serve_threads: int = _setting("Threads of one model server; 0 means its share of the cores.", 0)
+    model_idle_seconds: int = _setting(
+        "A model server that answered nothing for so long is ended and its memory given back.", 900
+    )
+    model_start_seconds: int = _setting(
+        "How long an invocation waits for its model server to start before ModelNotReadyException.", 120
+    )
+    invoke_timeout_seconds: int = _setting(
+        "How long one invocation may take before ModelTimeoutException.", 300
+    )
+    max_training_records: int = _setting(
+        "Records a training file may hold; 0 keeps the limit of the model's family.", 0
+    )
+    max_validation_records: int = _setting(
+        "Records a validation file may hold; 0 keeps the limit of the model's family.", 0
+    )
+    max_provisioned_models: int = _setting(
+        "Provisioned throughputs without commitment an account may hold.", 2
+    )
+    max_model_units: int = _setting("Model units one provisioned throughput may have.", 1)
+    max_custom_models: int = _setting("Custom models an account may hold in a region.", 100)
+    max_job_attempts: int = _setting(
+        "Attempts after which a job whose process keeps dying is failed.", 5
+    )
+    max_body_bytes: int = _setting("Largest body of a Bedrock request, in bytes.", 25_000_000)
+    keep_log_bytes: int = _setting("Size at which a process's log file is rotated, in bytes.", 10_000_000)
+    keep_upload_days: int = _setting("Days after which an abandoned multipart upload is removed.", 7)
+
+    @property
+    def effective_database_url(self) -> str:
+        """The URL to connect to: the setting, or the SQLite file in the data directory."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'outcrop.sqlite3'}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting's value and where it came from, as `outcrop settings` prints it."""
+
+    name: str
+    value: str
+    source: str
+    help: str
+
+
+def setting_fields() -> tuple[Field[Any], ...]:
+    """Return the declared settings in their order."""
+    return fields(Settings)
+
+
+def load_settings(
+    environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Settings:
+    """Build the settings from overrides, environment, file and defaults, in that order.
+
+    Args:
+        environ: the environment to read; None means the process's own.
+        overrides: values from the command line; those that are None are not set.
+    Raises:
+        SettingsError: a setting is unknown, or its value cannot be used; the message names it and its source.
+    """
+    settings, _ = _resolve(os.environ if environ is None else environ, overrides or {})
+    return settings
+
+
+def describe_settings(
+    environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> list[Setting]:
+    """Return every setting with its value and source; secrets are shown as `(set)`."""
+    settings, sources = _resolve(os.environ if environ is None else environ, overrides or {})
+    described = []
+    for item in setting_fields():
+        value = getattr(settings, item.name)
+        shown = ("(set)" if value else "") if item.metadata["secret"] else str(value)
+        described.append(Setting(item.name, shown, sources[item.name], item.metadata["help"]))
+    return described
+
+
+def _resolve(
+    environ: Mapping[str, str], overrides: Mapping[str, Any]
+) -> tuple[Settings, dict[str, str]]:
+    known = {item.name: item for item in setting_fields()}
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(known, "default")
+
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == CONFIG_VARIABLE:
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name not in known:
+            raise SettingsError(f"{variable} is not a setting. `outcrop settings` lists them all.")
+        values[name] = _convert(known[name], text, variable)
+        sources[name] = f"environment {variable}"
+    for name, value in overrides.items():
+        if value is not None:
+            values[name] = _convert(known[name], value, f"--{name.replace('_', '-')}")
+            sources[name] = "command line"
+
+    file = _config_file(environ, values.get("data_dir"))
+    if file is not None:
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"{file} cannot be read as TOML: {error}") from error
+        for name, value in table.items():
+            if name not in known:
+                raise SettingsError(f"{file}: {name} is not a setting. `outcrop settings` lists them all.")
+            if name not in values:
+                values[name] = _convert(known[name], value, f"{file}: {name}")
+                sources[name] = f"file {file}"
+
+    settings = Settings(**values)
+    _check(settings)
+    return settings, sources
+
+
+def _config_file(environ: Mapping[str, str], data_dir: Path | None) -> Path | None:
+    named = environ.get(CONFIG_VARIABLE)
+    if named:
+        return Path(named)
+    beside = (data_dir or _default_data_dir()) / CONFIG_FILE
+    return beside if beside.exists() else None
+
+
+def _convert(item: Field[Any], value: object, origin: str) -> Any:
+    kind = {"int": int, "str": str, "Path": Path}[str(item.type)]
+    if kind is int:
+        try:
+            return int(str(value))
+        except ValueError:
+            raise SettingsError(f"{origin} must be a whole number, not {value!r}.") from None
+    if kind is Path:
+        return Path(str(value)).expanduser().absolute()
+    return str(value)
+
+
+def _check(settings: Settings) -> None:
+    if not (settings.account.isdecimal() and len(settings.account) == 12):
+        raise SettingsError(f"account must be 12 digits, not {settings.account!r}.")
+    if not 0 <= settings.port <= 65535:
+        raise SettingsError(f"port must be between 0 and 65535, not {settings.port}.")
+    for item in setting_fields():
+        value = getattr(settings, item.name)
+        if isinstance(value, int) and value < 0:
+            raise SettingsError(f"{item.name} must not be negative, not {value}.")
+    if settings.s3_endpoint_url and not (
+        settings.s3_access_key_id and settings.s3_secret_access_key
+    ):
+        raise SettingsError(
+            "s3_endpoint_url is set, so s3_access_key_id and s3_secret_access_key must be set too."
+        )

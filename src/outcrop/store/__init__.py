@@ -1,0 +1,1 @@
+"""What survives a restart: tables, migrations, guarded writes, the outbox of events."""

@@ -1,0 +1,1 @@
+"""From a plan to an adapter: hyperparameters, the loop, the loss."""
