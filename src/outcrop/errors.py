@@ -8,16 +8,18 @@
     │   ├── ModelTimeoutException 408  ModelErrorException 424     ModelNotReadyException 429
     │   └── ModelStreamErrorException 424
     ├── SettingsError(ValueError)               at start; names the setting
-    ├── StoreError                              the database refuses: too new, locked by another service
+    ├── StoreError                              the database refuses: too new, or locked by another
     ├── ObjectStoreError                        the object store answered with an error
     ├── DataError(ValueError)                   a record cannot be used: file, line, code, message
     ├── ModelError                              weights or a tokenizer cannot be read
     ├── TrainingError                           NonFiniteLoss, EmptyLoss
     └── ServingError                            the model server could not answer
-    JobSignal(BaseException)                    StopRequested, LeaseLost: no `except Exception` eats them
+    JobSignal(BaseException)                    StopRequested, LeaseLost: no `except Exception`
+    eats them
 
-Codes and statuses of ApiError are those of botocore's `bedrock` and `bedrock-runtime` models, and a test
-compares them. A new error goes below the branch whose reader it is for. All of them pickle: they cross processes.
+Codes and statuses of ApiError are those of botocore's `bedrock` and `bedrock-runtime` models, and
+a test compares them. A new error goes below the branch whose reader it is for. All of them
+pickle: they cross processes.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ class ApiError(OutcropError):
         self.members = dict(members or {})
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_api_error, (type(self), self.message, self.code, self.http_status, self.members))
+        return (
+            _rebuild_api_error,
+            (type(self), self.message, self.code, self.http_status, self.members),
+        )
 
 
 def _rebuild_api_error(
@@ -179,7 +184,8 @@ class ObjectStoreError(OutcropError):
 class DataError(OutcropError, ValueError):
     """A data file or one of its records cannot be used.
 
-    `code` is the stable code of the defect, `line` counts from 1 and is None for the file as a whole.
+    `code` is the stable code of the defect, `line` counts from 1 and is None for the file as a
+    whole.
     """
 
     def __init__(self, message: str, *, code: str, file: str, line: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """Identifiers of resources: made and taken apart here only.
 
-Forms follow the patterns of botocore's `bedrock` model: ids are 12 characters of [a-z0-9], the account
-field of a foundation model's ARN is empty, and a customized model's ARN names the base model it came from.
+Forms follow the patterns of botocore's `bedrock` model: ids are 12 characters of [a-z0-9], the
+account field of a foundation model's ARN is empty, and a customized model's ARN names the base
+model it came from.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ID_LENGTH = 12
 
 
 def new_id() -> str:
-    """Return 12 random characters of [a-z0-9], the form of every resource id on the wire (62 bits)."""
+    """Return 12 random characters of [a-z0-9] (62 bits), the form of ids on the wire."""
     return "".join(secrets.choice(_ID_ALPHABET) for _ in range(ID_LENGTH))
 
 
@@ -27,7 +28,7 @@ def new_request_id() -> str:
 
 @dataclass(frozen=True)
 class Arn:
-    """`arn:partition:service:region:account:resource_type/resource_id`, where the id may hold slashes."""
+    """`arn:partition:service:region:account:type/id`, where the id may hold slashes."""
 
     partition: str
     service: str
@@ -58,7 +59,7 @@ def foundation_model_arn(region: str, model_id: str) -> str:
 
 
 def customization_job_arn(region: str, account: str, base_model_id: str, job_id: str) -> str:
-    """Return a job's ARN; `base_model_id` is the context-suffixed id, as in `amazon.titan-text-express-v1:0:8k`."""
+    """Return a job's ARN; `base_model_id` is the context-suffixed id."""
     return f"arn:aws:bedrock:{region}:{account}:model-customization-job/{base_model_id}/{job_id}"
 
 

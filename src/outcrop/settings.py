@@ -1,8 +1,9 @@
 """What the operator sets: one frozen object, read once at the edge.
 
-A setting comes from the command line, else from `OUTCROP_<NAME>` in the environment, else from a TOML file
-(`OUTCROP_CONFIG`, else `outcrop.toml` in the data directory), else from its default. Nothing else in Outcrop
-reads the environment. An unknown `OUTCROP_*` variable or key is refused: a misspelt setting must not be ignored.
+A setting comes from the command line, else from `OUTCROP_<NAME>` in the environment, else from a
+TOML file (`OUTCROP_CONFIG`, else `outcrop.toml` in the data directory), else from its default.
+Nothing else in Outcrop reads the environment. An unknown `OUTCROP_*` variable or key is refused:
+a misspelt setting must not be ignored.
 """
 
 from __future__ import annotations
@@ -56,15 +57,19 @@ class Settings:
     s3_secret_access_key: str = _setting("Secret key for your own S3.", "", secret=True)
     s3_region: str = _setting("Region your own S3 signs with.", "us-east-1")
     job_slots: int = _setting(
-        "Jobs that may run at once; 0 means as many as cores and memory carry (one on two cores).", 0
+        "Jobs that may run at once; 0 means as many as cores and memory carry (one on two cores).",
+        0,
     )
-    train_threads: int = _setting("Threads of one training process; 0 means its share of the cores.", 0)
+    train_threads: int = _setting(
+        "Threads of one training process; 0 means its share of the cores.", 0
+    )
     serve_threads: int = _setting("Threads of one model server; 0 means its share of the cores.", 0)
     model_idle_seconds: int = _setting(
         "A model server that answered nothing for so long is ended and its memory given back.", 900
     )
     model_start_seconds: int = _setting(
-        "How long an invocation waits for its model server to start before ModelNotReadyException.", 120
+        "How long an invocation waits for its model server to start before ModelNotReadyException.",
+        45,
     )
     invoke_timeout_seconds: int = _setting(
         "How long one invocation may take before ModelTimeoutException.", 300
@@ -84,8 +89,12 @@ class Settings:
         "Attempts after which a job whose process keeps dying is failed.", 5
     )
     max_body_bytes: int = _setting("Largest body of a Bedrock request, in bytes.", 25_000_000)
-    keep_log_bytes: int = _setting("Size at which a process's log file is rotated, in bytes.", 10_000_000)
-    keep_upload_days: int = _setting("Days after which an abandoned multipart upload is removed.", 7)
+    keep_log_bytes: int = _setting(
+        "Size at which a process's log file is rotated, in bytes.", 10_000_000
+    )
+    keep_upload_days: int = _setting(
+        "Days after which an abandoned multipart upload is removed.", 7
+    )
 
     @property
     def effective_database_url(self) -> str:
@@ -117,7 +126,8 @@ def load_settings(
         environ: the environment to read; None means the process's own.
         overrides: values from the command line; those that are None are not set.
     Raises:
-        SettingsError: a setting is unknown, or its value cannot be used; the message names it and its source.
+        SettingsError: a setting is unknown, or its value cannot be used; the message names it and
+            its source.
     """
     settings, _ = _resolve(os.environ if environ is None else environ, overrides or {})
     return settings
@@ -164,7 +174,9 @@ def _resolve(
             raise SettingsError(f"{file} cannot be read as TOML: {error}") from error
         for name, value in table.items():
             if name not in known:
-                raise SettingsError(f"{file}: {name} is not a setting. `outcrop settings` lists them all.")
+                raise SettingsError(
+                    f"{file}: {name} is not a setting. `outcrop settings` lists them all."
+                )
             if name not in values:
                 values[name] = _convert(known[name], value, f"{file}: {name}")
                 sources[name] = f"file {file}"
@@ -209,3 +221,20 @@ def _check(settings: Settings) -> None:
         raise SettingsError(
             "s3_endpoint_url is set, so s3_access_key_id and s3_secret_access_key must be set too."
         )
+
+
+def child_environment(
+    settings: Settings, environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the environment for a process of ours that is to see exactly these settings.
+
+    Whatever came from the command line or a file is set as `OUTCROP_*`, so that the child needs
+    neither.
+    """
+    inherited = os.environ if environ is None else environ
+    child = {
+        name: text for name, text in inherited.items() if not name.startswith(ENVIRONMENT_PREFIX)
+    }
+    for item in setting_fields():
+        child[ENVIRONMENT_PREFIX + item.name.upper()] = str(getattr(settings, item.name))
+    return child

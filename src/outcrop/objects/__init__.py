@@ -1,1 +1,1 @@
-"""Where files live: the S3 client and the embedded object store."""
+"""The object store: an S3 client, and the embedded S3 server used where none is configured."""

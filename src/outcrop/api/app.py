@@ -1,0 +1,180 @@
+"""The gateway: one port for S3, Bedrock, STS and our own operations.
+
+A request goes by the service it is signed for. Our own unsigned paths (`/healthz`) win for requests without a
+signature; every other unsigned request is an anonymous S3 request, which is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+import httpx
+import uvicorn
+from sqlalchemy import text
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from outcrop.api import handlers
+from outcrop.api.context import Services
+from outcrop.api.s3 import s3_request
+from outcrop.errors import ApiError
+from outcrop.identity.bootstrap import page_key
+from outcrop.ids import new_request_id
+from outcrop.models.catalog import load_catalog
+from outcrop.objects.client import backend, object_store
+from outcrop.settings import Settings
+from outcrop.store.database import connect
+from outcrop.wire import serialize, sigv4
+
+logger = logging.getLogger("outcrop.gateway")
+
+RESERVED_PATHS = ("/console", "/healthz", "/metrics", "/v1", "/outcrop")
+"""First parts of paths that are ours for unsigned requests; no bucket may be named so."""
+
+MAX_CONNECTIONS_TO_STORE = 100
+
+
+@asynccontextmanager
+async def open_services(settings: Settings) -> AsyncIterator[Services]:
+    """Open what requests share, and close it again."""
+    engine = connect(settings.effective_database_url)
+    limits = httpx.Limits(max_connections=MAX_CONNECTIONS_TO_STORE)
+    # No proxy, no time-out on transfers: a slow upload is the client's own affair.
+    timeout = httpx.Timeout(None, connect=5.0)
+    async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
+        try:
+            yield Services(
+                settings=settings,
+                engine=engine,
+                catalog=load_catalog(settings),
+                backend=backend(settings),
+                objects=object_store(settings),
+                http=http,
+                page_key=page_key(settings),
+            )
+        finally:
+            engine.dispose()
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """Return the gateway as an ASGI application; the lifespan opens the services."""
+    opened: dict[str, Services] = {}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(settings, opened, receive, send)
+        elif scope["type"] == "http":
+            response = await _respond(Request(scope, receive), opened["services"])
+            await response(scope, receive, send)
+        else:  # no WebSockets here
+            await send({"type": "websocket.close", "code": 1000})
+
+    return app
+
+
+async def _lifespan(
+    settings: Settings, opened: dict[str, Services], receive: Receive, send: Send
+) -> None:
+    await receive()
+    try:
+        async with open_services(settings) as services:
+            opened["services"] = services
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+    except Exception as error:
+        logger.exception("the gateway cannot start")
+        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        return
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _respond(request: Request, services: Services) -> Response:
+    request_id = new_request_id()
+    signed = handlers.signed_request(request)
+    try:
+        signature = sigv4.read_signature(signed)
+    except ApiError as error:
+        service = "s3" if "/s3/aws4_request" in str(signed.headers) else "bedrock"
+        return _response(serialize.serialize_error(service, error, request_id))
+    bearer = request.headers.get("authorization", "").startswith("Bearer ")
+    if signature is None and (bearer or _is_reserved(signed.raw_path)):
+        if not bearer:
+            return await _own_page(request, services)
+    elif signature is None or signature.service == "s3":
+        return await s3_request(request, services, request_id)
+    return _response(await handlers.answer(request, services, request_id))
+
+
+def _is_reserved(path: str) -> bool:
+    return any(path == reserved or path.startswith(reserved + "/") for reserved in RESERVED_PATHS)
+
+
+async def _own_page(request: Request, services: Services) -> Response:
+    if request.url.path != "/healthz":
+        return Response("There is nothing here yet.\n", 404, media_type="text/plain")
+    healthy = await anyio.to_thread.run_sync(_database_answers, services)
+    body = json.dumps({"status": "ok" if healthy else "database unavailable"})
+    return Response(body, 200 if healthy else 503, media_type="application/json")
+
+
+def _database_answers(services: Services) -> bool:
+    try:
+        with services.engine.connect() as connection:
+            return connection.execute(text("SELECT 1")).scalar() == 1
+    except Exception:
+        logger.exception("the database does not answer")
+        return False
+
+
+def _response(reply: serialize.HttpReply) -> Response:
+    return Response(reply.body, reply.status, reply.headers)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Bind the gateway's port, so that port 0 is known before the first request."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    return listener
+
+
+def run_gateway(settings: Settings, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM.
+
+    Args:
+        on_ready: called with the URL once requests are answered.
+    """
+    listener = listen(settings)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    config = uvicorn.Config(
+        create_app(settings),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        timeout_keep_alive=75,
+    )
+    server = _Server(config, lambda: on_ready(url))
+    server.run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server that says when it has started."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()

@@ -1,0 +1,72 @@
+"""What an operation is given: the services it may use, and who asked for what.
+
+`Services` is built once at start, `RequestContext` once a request. Account and region come from here and
+from nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import httpx
+from sqlalchemy import Connection, Engine
+
+from outcrop.identity.authorize import authorize
+from outcrop.identity.principals import Principal
+from outcrop.models.catalog import Catalog
+from outcrop.objects.client import Backend, ObjectStore
+from outcrop.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """The long-lived parts that requests share."""
+
+    settings: Settings
+    engine: Engine
+    """The database."""
+    catalog: Catalog
+    """The base models on offer."""
+    backend: Backend
+    """Where S3 requests are passed on to."""
+    objects: ObjectStore
+    """The same store, for our own reads."""
+    http: httpx.AsyncClient
+    """Connections to the object store."""
+    page_key: bytes
+    """Signs the tokens of paged lists."""
+
+
+@dataclass(frozen=True)
+class RequestContext:
+    """One authenticated request."""
+
+    services: Services
+    request_id: str
+    account: str
+    region: str
+    principal: Principal
+    service: str
+    """`bedrock`, `bedrock-runtime`, `sts` or `outcrop`."""
+    operation: str
+    """The operation's name in the service model."""
+    received_at: datetime
+    """UTC instant at which the request's head had arrived."""
+
+    def require(self, connection: Connection, action: str, resource: str) -> None:
+        """Refuse with AccessDeniedException unless the caller may do `action` on `resource`."""
+        authorize(connection, self.principal, action, resource)
+
+    def arn(self, resource_type: str, resource_id: str = "*") -> str:
+        """Return the ARN of a resource of the caller's account, for a policy decision."""
+        return f"arn:aws:bedrock:{self.region}:{self.account}:{resource_type}/{resource_id}"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an operation answers where its members are not all: headers that no model names."""
+
+    members: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)

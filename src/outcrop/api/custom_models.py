@@ -1,0 +1,111 @@
+"""Operations on custom models: get, list, delete."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from sqlalchemy import Connection
+
+from outcrop.api.context import RequestContext
+from outcrop.api.paging import make_token, page_size, read_token
+from outcrop.errors import ResourceNotFoundException
+from outcrop.store import models
+from outcrop.store.database import transaction
+from outcrop.store.rows import CustomModel
+
+ARN_TYPE = "custom-model"
+
+
+def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """Describe a custom model, named by ARN or name."""
+    with context.services.engine.connect() as connection:
+        model = find_model(connection, context, params["modelIdentifier"], "GetCustomModel")
+    spec = model.spec
+    return {
+        "modelArn": model.arn,
+        "modelName": model.name,
+        "jobName": model.job_name,
+        "jobArn": model.job_arn,
+        "baseModelArn": model.base_model_arn,
+        "customizationType": model.customization_type,
+        "hyperParameters": model.hyper_parameters,
+        "trainingDataConfig": spec["trainingDataConfig"],
+        "validationDataConfig": spec.get("validationDataConfig", {"validators": []}),
+        "outputDataConfig": spec["outputDataConfig"],
+        "trainingMetrics": model.metrics["trainingMetrics"],
+        "validationMetrics": model.metrics["validationMetrics"],
+        "creationTime": model.created_at,
+        "modelStatus": model.status,
+    }
+
+
+def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """List custom models, newest first unless asked otherwise."""
+    position = read_token(context, params)
+    with context.services.engine.connect() as connection:
+        context.require(connection, "bedrock:ListCustomModels", "*")
+        if params.get("isOwned") is False:  # nothing is shared between accounts yet
+            return {"modelSummaries": []}
+        page = models.list_models(
+            connection,
+            context.account,
+            context.region,
+            status=params.get("modelStatus"),
+            name_contains=params.get("nameContains"),
+            base_model_arn=params.get("baseModelArnEquals"),
+            foundation_model_arn=params.get("foundationModelArnEquals"),
+            created_after=params.get("creationTimeAfter"),
+            created_before=params.get("creationTimeBefore"),
+            ascending=params.get("sortOrder") == "Ascending",
+            limit=page_size(params),
+            after=position,
+        )
+    answer: dict[str, Any] = {
+        "modelSummaries": [
+            {
+                "modelArn": model.arn,
+                "modelName": model.name,
+                "creationTime": model.created_at,
+                "baseModelArn": model.base_model_arn,
+                "baseModelName": model.base_model_id.partition(":")[0],
+                "customizationType": model.customization_type,
+                "ownerAccountId": model.account,
+                "modelStatus": model.status,
+            }
+            for model in page.items
+        ]
+    }
+    if page.next is not None:
+        answer["nextToken"] = make_token(context, params, page.next)
+    return answer
+
+
+def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """Delete a custom model that nothing uses; the base model is not touched."""
+    with transaction(context.services.engine) as connection:
+        model = find_model(connection, context, params["modelIdentifier"], "DeleteCustomModel")
+        models.delete_model(connection, model.id)
+    # After the commit: if this process dies here, `outcrop gc` finds the files.
+    folder = context.services.settings.data_dir / model.artifact_path
+    shutil.rmtree(folder, ignore_errors=True)
+    return {}
+
+
+def find_model(
+    connection: Connection, context: RequestContext, identifier: str, operation: str
+) -> CustomModel:
+    """Find a custom model of the caller's account, after asking whether the caller may.
+
+    Raises:
+        AccessDeniedException: the caller may not do `bedrock:<operation>` on it.
+        ResourceNotFoundException: there is no such model.
+    """
+    model = models.get_model(connection, context.account, context.region, identifier)
+    named = identifier if identifier.startswith("arn:") else context.arn(ARN_TYPE)
+    context.require(connection, f"bedrock:{operation}", model.arn if model else named)
+    if model is None:
+        raise ResourceNotFoundException(
+            f"The provided model identifier {identifier} does not name a custom model."
+        )
+    return model

@@ -1,0 +1,218 @@
+"""A request's path, in order: who signed it, what it asks for, whether it may, what comes back.
+
+Turns an HTTP request into one operation's call, and its answer or error into an HTTP reply. Knows no operation
+by name: those are in operations.py. S3 takes a path of its own (s3.py), because its bodies are streamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import anyio.to_thread
+from botocore.model import OperationModel
+from sqlalchemy.exc import OperationalError
+from starlette.requests import Request
+
+from outcrop.api.context import Output, RequestContext, Services
+from outcrop.api.operations import OPERATIONS, Operation
+from outcrop.errors import (
+    AccessDeniedException,
+    ApiError,
+    InternalServerException,
+    ValidationException,
+)
+from outcrop.identity.principals import authenticate
+from outcrop.wire import parse, route, serialize, sigv4, validate
+from outcrop.wire.model import service_model
+from outcrop.wire.serialize import HttpReply
+from outcrop.wire.sigv4 import Signature, SignedRequest
+
+logger = logging.getLogger("outcrop.gateway")
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation that is ready to run: authenticated, parsed, validated."""
+
+    context: RequestContext
+    model: OperationModel
+    function: Operation
+    params: dict[str, Any]
+
+
+@dataclass
+class Trace:
+    """What is known of a request so far, for its error and its line in the log."""
+
+    request_id: str
+    service: str = "bedrock"
+    model: OperationModel | None = None
+    caller: str = "-"
+
+
+async def answer(request: Request, services: Services, request_id: str) -> HttpReply:
+    """Answer a request that is signed for Bedrock, STS or our own operations.
+
+    Whatever goes wrong becomes an error in the caller's protocol: a user's mistake with its reason, ours as
+    InternalServerException with the request id, under which the log has the traceback.
+    """
+    started = time.perf_counter()
+    trace = Trace(request_id)
+    try:
+        body = await _read_body(request, services.settings.max_body_bytes)
+        reply = await _call(request, services, body, trace)
+    except ApiError as error:
+        reply = serialize.serialize_error(trace.service, error, request_id, trace.model)
+    except Exception as error:
+        logger.exception("%s failed", request_id)
+        reply = serialize.serialize_error(
+            trace.service, _our_fault(error, request_id), request_id, trace.model
+        )
+    logger.info(
+        "%s %s %d %s %.1f ms",
+        request_id,
+        trace.model.name if trace.model else f"{request.method} {request.url.path}",
+        reply.status,
+        trace.caller,
+        1000 * (time.perf_counter() - started),
+    )
+    return reply
+
+
+async def _call(request: Request, services: Services, body: bytes, trace: Trace) -> HttpReply:
+    signed = signed_request(request)
+    call = await anyio.to_thread.run_sync(_prepare, services, signed, body, trace)
+    if inspect.iscoroutinefunction(call.function):
+        output = await call.function(call.context, call.params)
+    else:
+        output = await anyio.to_thread.run_sync(call.function, call.context, call.params)
+    if not isinstance(output, Output):
+        output = Output(output)
+    return serialize.serialize_output(
+        call.model, output.members, trace.request_id, extra_headers=output.headers
+    )
+
+
+def signed_request(request: Request) -> SignedRequest:
+    """Take from a request what its signature covers, exactly as it was sent."""
+    raw_path = request.scope.get("raw_path") or request.scope["path"].encode()
+    return SignedRequest(
+        method=request.method,
+        raw_path=raw_path.split(b"?")[0].decode("latin-1"),
+        raw_query=request.scope["query_string"].decode("latin-1"),
+        headers=[(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw],
+    )
+
+
+def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trace) -> Call:
+    """Authenticate, route, parse and validate; runs in a thread, because it reads the database."""
+    headers = dict(signed.headers)
+    if headers.get("authorization", "").startswith("Bearer "):
+        raise AccessDeniedException(
+            "Authentication failed: API keys are not offered yet. Sign the request with an access key."
+        )
+    signature = sigv4.read_signature(signed)
+    if signature is None:
+        raise ApiError(
+            "Request is missing Authentication Token",
+            code="MissingAuthenticationTokenException",
+            http_status=403,
+        )
+    trace.service = signature.service
+    principal = _authenticate(services, signed, signature, body)
+    trace.caller = principal.arn
+
+    if signature.service == "sts":
+        trace.model, params = parse.parse_query_request(service_model("sts"), body)
+        service = "sts"
+    elif signature.service == "bedrock":
+        found = route.match(signed.method, signed.raw_path, query=signed.raw_query)
+        trace.model, service = found.operation, found.service
+        trace.service = service
+    else:
+        raise ApiError(
+            f"The service {signature.service} is not offered here.",
+            code="NotImplemented",
+            http_status=501,
+        )
+    function = OPERATIONS.get((service, trace.model.name))
+    if function is None:
+        raise ApiError(
+            f"{trace.model.name} is not implemented by this service yet.",
+            code="NotImplemented",
+            http_status=501,
+        )
+    if service != "sts":
+        params = parse.parse_request(found, query=signed.raw_query, headers=headers, body=body)
+    if trace.model.input_shape is not None:
+        validate.validate(trace.model.input_shape, params)
+    context = RequestContext(
+        services=services,
+        request_id=trace.request_id,
+        account=principal.account,
+        region=services.settings.region,
+        principal=principal,
+        service=service,
+        operation=trace.model.name,
+        received_at=datetime.now(UTC),
+    )
+    return Call(context, trace.model, function, params)
+
+
+def _authenticate(
+    services: Services, signed: SignedRequest, signature: Signature, body: bytes
+) -> Any:
+    with services.engine.connect() as connection:
+        found = authenticate(connection, signature.access_key_id)
+    if found is None:
+        raise ApiError(
+            "The security token included in the request is invalid.",
+            code="UnrecognizedClientException",
+            http_status=403,
+        )
+    principal, secret = found
+    sigv4.verify(
+        signed,
+        signature,
+        secret,
+        body_sha256=hashlib.sha256(body).hexdigest(),
+        now=datetime.now(UTC),
+    )
+    if signature.region != services.settings.region:
+        raise ApiError(
+            f"Credential should be scoped to a valid region: this service answers for "
+            f"{services.settings.region}, not {signature.region}.",
+            code="InvalidSignatureException",
+            http_status=403,
+        )
+    return principal
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise ValidationException(
+                f"The request's body is larger than {limit} bytes, the most that is allowed."
+            )
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _our_fault(error: Exception, request_id: str) -> InternalServerException:
+    if isinstance(error, OperationalError) and "full" in str(error.orig).lower():
+        return InternalServerException(
+            "The service's disk is full, so nothing was changed. Free some space and try again."
+        )
+    return InternalServerException(
+        "Encountered an internal error when processing the request. "
+        f"The service's log has the reason under request {request_id}."
+    )

@@ -1,0 +1,49 @@
+"""Which function answers which operation. What is not in this table answers 501 with its name."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from outcrop.api import (
+    base_models,
+    custom_models,
+    customization_jobs,
+    identity,
+    progress,
+    runtime,
+    tags,
+    throughputs,
+)
+from outcrop.api.context import Output, RequestContext
+
+Operation = (
+    Callable[[RequestContext, dict[str, Any]], dict[str, Any]]
+    | Callable[[RequestContext, dict[str, Any]], Awaitable[Output]]
+)
+"""Takes the request's context and its validated members, returns the answer's members."""
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("bedrock", "ListFoundationModels"): base_models.list_foundation_models,
+    ("bedrock", "GetFoundationModel"): base_models.get_foundation_model,
+    ("bedrock", "GetFoundationModelAvailability"): base_models.get_foundation_model_availability,
+    ("bedrock", "CreateModelCustomizationJob"): customization_jobs.create,
+    ("bedrock", "GetModelCustomizationJob"): customization_jobs.get,
+    ("bedrock", "ListModelCustomizationJobs"): customization_jobs.list_,
+    ("bedrock", "StopModelCustomizationJob"): customization_jobs.stop,
+    ("bedrock", "GetCustomModel"): custom_models.get,
+    ("bedrock", "ListCustomModels"): custom_models.list_,
+    ("bedrock", "DeleteCustomModel"): custom_models.delete,
+    ("bedrock", "CreateProvisionedModelThroughput"): throughputs.create,
+    ("bedrock", "GetProvisionedModelThroughput"): throughputs.get,
+    ("bedrock", "ListProvisionedModelThroughputs"): throughputs.list_,
+    ("bedrock", "DeleteProvisionedModelThroughput"): throughputs.delete,
+    ("bedrock", "TagResource"): tags.tag_resource,
+    ("bedrock", "UntagResource"): tags.untag_resource,
+    ("bedrock", "ListTagsForResource"): tags.list_tags_for_resource,
+    ("bedrock-runtime", "InvokeModel"): runtime.invoke_model,
+    ("bedrock-runtime", "CountTokens"): runtime.count_tokens,
+    ("sts", "GetCallerIdentity"): identity.get_caller_identity,
+    ("outcrop", "GetJobProgress"): progress.get_job_progress,
+    ("outcrop", "ListJobEvents"): progress.list_job_events,
+}

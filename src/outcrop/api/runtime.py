@@ -1,0 +1,224 @@
+"""InvokeModel and CountTokens: from a model id and a native body to the model server and back.
+
+Resolves the id (base model, provisioned throughput), asks for its model server, waits for it where it has to be
+loaded, and passes the request on. Weights and tokens are the server's business.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from sqlalchemy import Connection
+
+from outcrop.api.context import Output, RequestContext
+from outcrop.errors import (
+    ModelErrorException,
+    ModelNotReadyException,
+    ModelTimeoutException,
+    ResourceNotFoundException,
+    ServingError,
+    ValidationException,
+)
+from outcrop.ids import foundation_model_arn, parse_arn
+from outcrop.models.catalog import BaseModel
+from outcrop.serve.client import ModelClient
+from outcrop.serve.prompt_formats import NativeRequest, format_body, parse_body
+from outcrop.serve.request import Generation, GenerationRequest
+from outcrop.store import models, servers, throughputs
+from outcrop.store.database import transaction
+
+FIRST_LOOK_SECONDS = 0.02
+LONGEST_LOOK_SECONDS = 0.25
+TOUCH_SECONDS = 5.0
+"""How exact a model server's last use is recorded: one write each so many seconds is enough."""
+
+_touched: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an id stands for: a base model, with or without an adapter."""
+
+    model_id: str
+    base: BaseModel
+    artifact: Path | None
+    """Folder of the custom model's artifact."""
+
+
+async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Output:
+    """Answer a request in the body format of the model's family.
+
+    The token counts come in headers, as clients read them there; they are counted, not estimated.
+    """
+    started = time.perf_counter()
+    target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], "InvokeModel")
+    _refuse_what_is_not_offered(params)
+    native = parse_body(target.base, params.get("body", b""))
+    generations = await generate(context, target, native)
+    body = format_body(target.base, native, generations)
+    return Output(
+        {"body": body, "contentType": "application/json"},
+        {
+            "X-Amzn-Bedrock-Invocation-Latency": str(int(1000 * (time.perf_counter() - started))),
+            "X-Amzn-Bedrock-Input-Token-Count": str(generations[0].input_tokens),
+            "X-Amzn-Bedrock-Output-Token-Count": str(sum(g.output_tokens for g in generations)),
+        },
+    )
+
+
+async def count_tokens(context: RequestContext, params: dict[str, Any]) -> Output:
+    """Count the tokens of an InvokeModel body, by the renderer that training and serving use."""
+    target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], "CountTokens")
+    source = params["input"]
+    if "invokeModel" not in source:
+        raise ValidationException("input.converse is not offered yet. Give input.invokeModel.")
+    native = parse_body(target.base, source["invokeModel"]["body"])
+    client = await _ready_client(context, target.base.weights)
+    return Output({"inputTokens": await client.count(native.messages)})
+
+
+async def generate(
+    context: RequestContext, target: Target, native: NativeRequest
+) -> list[Generation]:
+    """Have the model server answer; several times where the body asks for several answers.
+
+    Raises:
+        ModelNotReadyException: the server was not up in time; botocore asks again by itself.
+        ModelTimeoutException: the answer took longer than `invoke_timeout_seconds`.
+        ModelErrorException: the server ended while it answered.
+    """
+    client = await _ready_client(context, target.base.weights)
+    request = GenerationRequest(
+        messages=native.messages,
+        sampling=native.sampling,
+        adapter=str(target.artifact) if target.artifact else None,
+    )
+    seconds = context.services.settings.invoke_timeout_seconds
+    try:
+        with anyio.fail_after(seconds):
+            return [await client.generate(request) for _ in range(native.num_generations)]
+    except TimeoutError:
+        raise ModelTimeoutException(
+            f"The model did not answer within {seconds} s. Ask for fewer tokens, or raise "
+            "invoke_timeout_seconds."
+        ) from None
+    except ServingError as error:
+        raise ModelErrorException(
+            f"The model server ended while it answered: {error}. Try again."
+        ) from error
+
+
+def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
+    """Find what an id stands for, after asking whether the caller may use it.
+
+    Raises:
+        ResourceNotFoundException, ModelNotReadyException, ValidationException: there is no such model, its
+            throughput is still being created, or it cannot be asked by this id.
+    """
+    with context.services.engine.connect() as connection:
+        parsed = parse_arn(identifier)
+        kind = parsed.resource_type if parsed else None
+        if kind == "provisioned-model":
+            return _provisioned(connection, context, identifier, operation)
+        base = context.services.catalog.resolve(identifier)
+        model_id = identifier.rpartition("/")[2]
+        resource = identifier if parsed else foundation_model_arn(context.region, model_id)
+        context.require(connection, f"bedrock:{operation}", resource)
+        if base is not None:
+            return Target(model_id, base, None)
+        if throughputs.get_throughput(connection, context.account, context.region, identifier):
+            return _provisioned(connection, context, identifier, operation)
+        custom = models.get_model(connection, context.account, context.region, identifier)
+    if custom is not None:
+        raise ValidationException(
+            f"Invocation of the custom model {custom.name} with on-demand throughput isn't supported. "
+            "Create a provisioned model throughput for it and invoke that one's ARN."
+        )
+    if kind in (None, "foundation-model"):
+        raise ValidationException(
+            f"The provided model identifier is invalid: {identifier}. ListFoundationModels and "
+            "ListProvisionedModelThroughputs list what can be invoked."
+        )
+    raise ResourceNotFoundException(f"Model not found: {identifier}.")
+
+
+def _provisioned(
+    connection: Connection, context: RequestContext, identifier: str, operation: str
+) -> Target:
+    throughput = throughputs.get_throughput(
+        connection, context.account, context.region, identifier
+    )
+    context.require(
+        connection, f"bedrock:{operation}", throughput.arn if throughput else identifier
+    )
+    if throughput is None:
+        raise ResourceNotFoundException(f"Model not found: {identifier}.")
+    if throughput.status == "Creating":
+        raise ModelNotReadyException(
+            f"The provisioned throughput {throughput.name} is still Creating. Try again when it is "
+            "InService."
+        )
+    if throughput.status == "Failed":
+        raise ValidationException(
+            f"The provisioned throughput {throughput.name} has failed: {throughput.failure_message}"
+        )
+    catalog = context.services.catalog
+    custom = models.get_model(
+        connection, context.account, context.region, throughput.model_arn
+    )
+    base = catalog.resolve(custom.base_model_id if custom else throughput.model_arn)
+    if base is None:
+        raise ModelErrorException(
+            f"The base model of {throughput.name} is not in the catalogue any more."
+        )
+    artifact = context.services.settings.data_dir / custom.artifact_path if custom else None
+    return Target(throughput.arn, base, artifact)
+
+
+async def _ready_client(context: RequestContext, weights: str) -> ModelClient:
+    """Return a client of the weights' model server, which is started if it does not run."""
+    deadline = time.monotonic() + context.services.settings.model_start_seconds
+    pause = FIRST_LOOK_SECONDS
+    while True:
+        client = await anyio.to_thread.run_sync(_look_for_server, context, weights)
+        if client is not None:
+            return client
+        if time.monotonic() + pause > deadline:
+            raise ModelNotReadyException(
+                "The model is being loaded and will be ready to serve soon. Try again."
+            )
+        await anyio.sleep(pause)
+        pause = min(2 * pause, LONGEST_LOOK_SECONDS)
+
+
+def _look_for_server(context: RequestContext, weights: str) -> ModelClient | None:
+    engine = context.services.engine
+    with engine.connect() as connection:
+        row = servers.get(connection, weights)
+    if row is None or row.state == "failed":
+        with transaction(engine) as connection:
+            servers.want(connection, weights)
+        return None
+    if row.state != "ready" or row.address is None:
+        return None
+    now = time.monotonic()
+    if now - _touched.get(weights, 0.0) >= TOUCH_SECONDS:
+        _touched[weights] = now
+        with transaction(engine) as connection:
+            servers.touch(connection, weights)
+    return ModelClient(Path(row.address))
+
+
+def _refuse_what_is_not_offered(params: dict[str, Any]) -> None:
+    if params.get("guardrailIdentifier"):
+        raise ValidationException("Guardrails are not offered by this service.")
+    accept = params.get("accept", "application/json")
+    if accept not in ("application/json", "*/*"):
+        raise ValidationException(
+            f"accept is {accept!r}; this service answers application/json."
+        )

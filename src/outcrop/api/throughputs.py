@@ -1,0 +1,171 @@
+"""Operations on provisioned throughput: create, get, list, delete.
+
+A throughput is Creating until the supervisor has its model server up; from then on it is InService, also while
+its server is unloaded for want of requests.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from outcrop.api.context import RequestContext
+from outcrop.api.paging import make_token, page_size, read_token
+from outcrop.errors import ResourceNotFoundException, ValidationException
+from outcrop.ids import foundation_model_arn, new_id, provisioned_model_arn
+from outcrop.store import models, servers, tags, throughputs
+from outcrop.store.database import transaction
+from outcrop.store.rows import NewProvisionedModel, ProvisionedModel
+from outcrop.store.tokens import request_token
+
+ARN_TYPE = "provisioned-model"
+COMMITMENT_DAYS = {"OneMonth": 30, "SixMonths": 180}
+
+
+def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """Reserve throughput for a custom model or a base model."""
+    settings = context.services.settings
+    tag_list = {tag["key"]: tag["value"] for tag in params.get("tags", ())}
+    throughput_id = new_id()
+    arn = provisioned_model_arn(context.region, context.account, throughput_id)
+    with transaction(context.services.engine) as connection:
+        context.require(
+            connection, "bedrock:CreateProvisionedModelThroughput", context.arn(ARN_TYPE)
+        )
+        model_arn, root_arn, weights = _model(connection, context, params["modelId"])
+        tags.check_tag_count(arn, tag_list)
+        commitment = params.get("commitmentDuration")
+        throughput = throughputs.create_throughput(
+            connection,
+            NewProvisionedModel(
+                id=throughput_id,
+                account=context.account,
+                region=context.region,
+                arn=arn,
+                name=params["provisionedModelName"],
+                model_arn=model_arn,
+                foundation_model_arn=root_arn,
+                model_units=params["modelUnits"],
+                commitment=commitment,
+                commitment_expires_at=(
+                    datetime.now(UTC) + timedelta(days=COMMITMENT_DAYS[commitment])
+                    if commitment
+                    else None
+                ),
+                weights=weights,
+            ),
+            token=request_token(context.account, context.region, context.operation, params),
+            max_throughputs=settings.max_provisioned_models,
+            max_model_units=settings.max_model_units,
+        )
+        if throughput.id == throughput_id:
+            servers.want(connection, weights)
+            if tag_list:
+                tags.put_tags(connection, context.account, context.region, arn, tag_list)
+    return {"provisionedModelArn": throughput.arn}
+
+
+def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """Describe a throughput, named by ARN or name."""
+    with context.services.engine.connect() as connection:
+        found = find_throughput(
+            connection, context, params["provisionedModelId"], "GetProvisionedModelThroughput"
+        )
+    return {**_summarize(found), "failureMessage": found.failure_message}
+
+
+def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """List throughputs, newest first unless asked otherwise."""
+    position = read_token(context, params)
+    with context.services.engine.connect() as connection:
+        context.require(connection, "bedrock:ListProvisionedModelThroughputs", "*")
+        page = throughputs.list_throughputs(
+            connection,
+            context.account,
+            context.region,
+            status=params.get("statusEquals"),
+            name_contains=params.get("nameContains"),
+            model_arn=params.get("modelArnEquals"),
+            created_after=params.get("creationTimeAfter"),
+            created_before=params.get("creationTimeBefore"),
+            ascending=params.get("sortOrder") == "Ascending",
+            limit=page_size(params),
+            after=position,
+        )
+    answer: dict[str, Any] = {
+        "provisionedModelSummaries": [_summarize(item) for item in page.items]
+    }
+    if page.next is not None:
+        answer["nextToken"] = make_token(context, params, page.next)
+    return answer
+
+
+def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """Give a throughput back; the model behind it stays. A commitment holds to its end."""
+    with transaction(context.services.engine) as connection:
+        found = find_throughput(
+            connection, context, params["provisionedModelId"], "DeleteProvisionedModelThroughput"
+        )
+        throughputs.delete_throughput(connection, found.id, now=datetime.now(UTC))
+    return {}
+
+
+def find_throughput(
+    connection: Connection, context: RequestContext, identifier: str, operation: str
+) -> ProvisionedModel:
+    """Find a throughput of the caller's account, after asking whether the caller may.
+
+    Raises:
+        AccessDeniedException: the caller may not do `bedrock:<operation>` on it.
+        ResourceNotFoundException: there is no such throughput.
+    """
+    found = throughputs.get_throughput(connection, context.account, context.region, identifier)
+    named = identifier if identifier.startswith("arn:") else context.arn(ARN_TYPE)
+    context.require(connection, f"bedrock:{operation}", found.arn if found else named)
+    if found is None:
+        raise ResourceNotFoundException(
+            f"The provided identifier {identifier} does not name a provisioned model throughput."
+        )
+    return found
+
+
+def _model(
+    connection: Connection, context: RequestContext, identifier: str
+) -> tuple[str, str, str]:
+    """Return the ARN to serve, its root base model's ARN, and the key of the base weights."""
+    catalog = context.services.catalog
+    custom = models.get_model(connection, context.account, context.region, identifier)
+    if custom is not None:
+        base = catalog.resolve(custom.base_model_id)
+        if base is None:
+            raise ValidationException(
+                f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue any "
+                "more. Add it again with `outcrop models add`."
+            )
+        return custom.arn, custom.foundation_model_arn, base.weights
+    base = catalog.resolve(identifier)
+    if base is not None:
+        arn = foundation_model_arn(context.region, base.customization_id)
+        return arn, arn, base.weights
+    raise ResourceNotFoundException(
+        f"The provided model identifier {identifier} names neither a custom model nor a base model."
+    )
+
+
+def _summarize(item: ProvisionedModel) -> dict[str, Any]:
+    return {
+        "provisionedModelName": item.name,
+        "provisionedModelArn": item.arn,
+        "modelArn": item.model_arn,
+        "desiredModelArn": item.desired_model_arn,
+        "foundationModelArn": item.foundation_model_arn,
+        "modelUnits": item.model_units,
+        "desiredModelUnits": item.desired_model_units,
+        "status": item.status,
+        "commitmentDuration": item.commitment,
+        "commitmentExpirationTime": item.commitment_expires_at,
+        "creationTime": item.created_at,
+        "lastModifiedTime": item.last_modified_at,
+    }

@@ -1,0 +1,85 @@
+"""The `outcrop` command: every process of the service, and its owner's tools.
+
+Each subcommand imports what it needs when it runs, so that none pays for another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from outcrop import __version__
+from outcrop.errors import OutcropError
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors are one line on standard error."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except OutcropError as error:
+        print(f"outcrop: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, had enough
+        sys.stderr.close()
+        return 0
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser; docs/cli.md is checked against it."""
+    from outcrop.cli import commands
+
+    top = argparse.ArgumentParser(
+        prog="outcrop",
+        description="Amazon Bedrock's model customization on your own machines.",
+    )
+    top.add_argument("--version", action="version", version=f"outcrop {__version__}")
+    subcommands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        command = subcommands.add_parser(name, help=help, description=help)
+        command.add_argument(
+            "--data-dir", type=Path, metavar="DIR", help="the directory that holds everything"
+        )
+        command.set_defaults(run=run)
+        return command
+
+    serve = add("serve", commands.serve, "Run the whole service on this machine.")
+    gateway = add("gateway", commands.gateway, "Run the gateway alone.")
+    for command in (serve, gateway):
+        command.add_argument("--host", help="address to listen on")
+        command.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
+    worker = add("worker", commands.worker, "Run a worker alone: it takes up queued jobs.")
+    worker.add_argument("--name", help="what the worker is called in the jobs it holds")
+    model_server = add("model-server", commands.model_server, "Run one model server alone.")
+    model_server.add_argument("--weights", required=True, help="key of the base weights to serve")
+    model_server.add_argument("--socket", required=True, type=Path, help="unix socket to listen on")
+
+    env = add("env", commands.env, "Print the variables that point AWS clients here.")
+    env.add_argument("--port", type=int, help="port of the service")
+    env.add_argument(
+        "--shell",
+        choices=("sh", "fish", "powershell", "json"),
+        default="sh",
+        help="in whose syntax (default: sh)",
+    )
+    add("settings", commands.settings, "Print every setting, its value and where it came from.")
+    gc = add("gc", commands.gc, "Remove what nothing needs any more.")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    models = add("models", commands.models, "Show the base models, or add one.")
+    verbs = models.add_subparsers(dest="verb", metavar="VERB")
+    show = verbs.add_parser("show", help="full name, licence, digest and origin of a base model")
+    show.add_argument("model", nargs="?", help="a model id; all of them without it")
+    added = verbs.add_parser("add", help="offer a Hugging Face folder as a base model")
+    added.add_argument("path", type=Path, help="folder with safetensors, config and tokenizer")
+    added.add_argument("--as", dest="model_id", required=True, metavar="ID", help="its model id")
+    added.add_argument("--license", required=True, help="licence of the weights, as SPDX names it")
+    return top

@@ -1,0 +1,132 @@
+"""What each subcommand does: read the settings, call the room that knows, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from typing import Any
+
+from outcrop.settings import Settings, describe_settings, load_settings
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return load_settings(overrides=_overrides(options))
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("data_dir", "host", "port")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Run the whole service until SIGTERM or Ctrl-C."""
+    from outcrop.cli.serve import run_service
+
+    _log_to_stderr()
+    return run_service(_settings(options), lambda url: print(f"ready {url}", flush=True))
+
+
+def gateway(options: argparse.Namespace) -> int:
+    """Run the gateway until SIGTERM."""
+    from outcrop.api.app import run_gateway
+    from outcrop.processes.ready import announce_ready
+
+    _log_to_stderr()
+
+    def on_ready(url: str) -> None:
+        print(f"ready {url}", flush=True)
+        announce_ready(url)
+
+    run_gateway(_settings(options), on_ready)
+    return 0
+
+
+def worker(options: argparse.Namespace) -> int:
+    """Take up jobs until SIGTERM."""
+    from outcrop.jobs.worker import run_worker
+
+    _log_to_stderr()
+    run_worker(_settings(options), name=options.name)
+    return 0
+
+
+def model_server(options: argparse.Namespace) -> int:
+    """Serve one base model and its adapters until SIGTERM."""
+    from outcrop.processes.ready import announce_ready
+    from outcrop.serve.server import run_model_server
+
+    _log_to_stderr()
+    run_model_server(_settings(options), options.weights, options.socket, ready=announce_ready)
+    return 0
+
+
+def env(options: argparse.Namespace) -> int:
+    """Print the variables for AWS clients; works before the service was ever started."""
+    from outcrop.cli.env import client_variables, service_url, write_shell
+    from outcrop.identity.bootstrap import load_or_make_credentials
+
+    settings = _settings(options)
+    url = service_url(settings, options.port)
+    credentials = load_or_make_credentials(settings)
+    print(write_shell(client_variables(url, credentials, settings.region), options.shell))
+    return 0
+
+
+def settings(options: argparse.Namespace) -> int:
+    """Print every setting with its value and source."""
+    described = describe_settings(overrides=_overrides(options))
+    width = max(len(item.name) for item in described)
+    values = max(len(item.value) for item in described)
+    for item in described:
+        print(f"{item.name:{width}}  {item.value:{values}}  {item.source}")
+    return 0
+
+
+def gc(options: argparse.Namespace) -> int:
+    """List or remove ended attempts' files, unused artifacts, old logs and abandoned uploads."""
+    from outcrop.cli.gc import collect_garbage
+
+    total = 0
+    for item in collect_garbage(_settings(options), remove=not options.dry_run):
+        total += item.num_bytes
+        print(f"{item.num_bytes:>14,}  {item.what}  ({item.reason})")
+    verb = "would be freed" if options.dry_run else "freed"
+    print(f"{total:>14,}  bytes {verb}")
+    return 0
+
+
+def models(options: argparse.Namespace) -> int:
+    """Show what the catalogue knows of a model, or add a folder to it."""
+    from outcrop.models.catalog import load_catalog
+    from outcrop.models.describe import add_model, describe_model
+
+    settings = _settings(options)
+    if options.verb == "add":
+        base = add_model(settings, options.path, options.model_id, license=options.license)
+        print(f"{base.model_id} is offered from the next start of the service on.")
+        return 0
+    catalog = load_catalog(settings)
+    name = getattr(options, "model", None)
+    if name is None:
+        width = max(len(base.model_id) for base in catalog.models)
+        for base in catalog.models:
+            print(f"{base.model_id:{width}}  {base.model_name}, {base.provider_name}")
+        return 0
+    found = catalog.resolve(name)
+    if found is None:
+        print(f"outcrop: there is no model {name}. `outcrop models` lists them.", file=sys.stderr)
+        return 1
+    print(json.dumps(describe_model(settings, found), indent=2, ensure_ascii=False))
+    return 0

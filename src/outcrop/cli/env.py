@@ -1,0 +1,83 @@
+"""The variables that point unmodified AWS clients at this service, in a shell's own syntax."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from urllib.parse import urlsplit
+
+from outcrop.identity.bootstrap import Credentials
+from outcrop.processes.address import read_address
+from outcrop.settings import Settings
+
+UNSET = (
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_BEARER_TOKEN_BEDROCK",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL_STS",
+    "AWS_ENDPOINT_URL_BEDROCK",
+    "AWS_ENDPOINT_URL_BEDROCK_RUNTIME",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+)
+"""Variables that would win over ours: other credentials, and endpoints of single services."""
+
+Variables = dict[str, str | None]
+"""Name to value; None means that the variable must not be set."""
+
+
+def service_url(settings: Settings, port: int | None) -> str:
+    """Return the service's URL: the given port's, else the running service's, else the default's."""
+    running = read_address(settings.data_dir, "gateway")
+    if port is None and running is not None:
+        return running
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+    return f"http://{host}:{settings.port if port is None else port}"
+
+
+def client_variables(url: str, credentials: Credentials, region: str) -> Variables:
+    """Return what to set and what to unset so that an AWS client speaks to `url` and to nothing else."""
+    host = urlsplit(url).hostname or "127.0.0.1"
+    return {
+        **dict.fromkeys(UNSET),
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": credentials.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": credentials.secret_access_key,
+        "AWS_DEFAULT_REGION": region,
+        "AWS_REGION": region,
+        "NO_PROXY": host,
+        "no_proxy": host,
+    }
+
+
+def write_shell(variables: Variables, shell: str) -> str:
+    """Return the lines that a shell evaluates; in JSON, null means unset.
+
+    NO_PROXY is added to what is set already, except in JSON, which cannot say that.
+    """
+    if shell == "json":
+        return json.dumps(variables, indent=2)
+    return "\n".join(_line(name, value, shell) for name, value in variables.items())
+
+
+def _line(name: str, value: str | None, shell: str) -> str:
+    appended = name.lower() == "no_proxy"
+    match shell:
+        case "fish":
+            if value is None:
+                return f"set -e {name};"
+            rest = f' "${name}"' if appended else ""
+            joined = f"(string join , {shlex.quote(value)}{rest})" if appended else shlex.quote(value)
+            return f"set -gx {name} {joined};"
+        case "powershell":
+            if value is None:
+                return f"Remove-Item Env:{name} -ErrorAction SilentlyContinue"
+            quoted = "'" + value.replace("'", "''") + "'"
+            if appended:
+                quoted = f"(@({quoted}, $Env:{name}) | Where-Object {{ $_ }}) -join ','"
+            return f"$Env:{name} = {quoted}"
+        case _:
+            if value is None:
+                return f"unset {name}"
+            rest = f"${{{name}:+,${name}}}" if appended else ""
+            return f"export {name}={shlex.quote(value)}{rest}"

@@ -1,0 +1,198 @@
+"""`outcrop serve`: the whole service on one machine.
+
+Locks the data directory, brings the database up to date, and then supervises the object store, the gateway, a worker,
+and one model server for each base model in use. It decides nothing about requests or jobs: what it does comes from
+rows that others wrote, and whatever it supervises may be killed at any instant.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy import Engine
+
+from outcrop.identity.bootstrap import bootstrap
+from outcrop.objects import embedded
+from outcrop.processes.address import clear_address, write_address
+from outcrop.processes.spawn import READY_LINE, ChildSpec
+from outcrop.processes.supervise import ChildState, ChildStatus, Supervisor
+from outcrop.settings import Settings, child_environment
+from outcrop.store import jobs, servers, throughputs
+from outcrop.store.database import connect, migrate, transaction
+from outcrop.store.lock import lock_data_dir
+
+logger = logging.getLogger("outcrop.serve")
+
+START_SECONDS = 60.0
+STOP_SECONDS = 9.0
+"""In total, for all processes; SIGTERM is promised to take at most 10 s."""
+LOOK_SECONDS = 0.1
+"""How often the rows of wanted model servers are looked at."""
+STORE, GATEWAY, WORKER = "object-store", "gateway", "worker"
+
+
+def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        StoreError: the data directory is in use by another service, or its database is newer than this code.
+        ChildError: a part of the service could not be started; the message has the end of its log.
+    """
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (
+        lock_data_dir(settings.data_dir),
+        tempfile.TemporaryDirectory(prefix="outcrop-") as sockets,
+    ):
+        engine = connect(settings.effective_database_url)
+        migrate(engine, settings.data_dir / "backups")
+        bootstrap(engine, settings)
+        service = _Service(settings, engine, Path(sockets))
+        try:
+            service.start()
+            on_ready(service.url)
+            service.supervisor.run(lambda: service.look() or bool(asked))
+        finally:
+            service.stop()
+            engine.dispose()
+    return 0
+
+
+class _Service:
+    """The processes of one `serve`, and what is done when they come and go."""
+
+    def __init__(self, settings: Settings, engine: Engine, sockets: Path) -> None:
+        self.settings, self.engine, self.sockets = settings, engine, sockets
+        self.supervisor = Supervisor(
+            on_ready=self._on_ready, on_exit=self._on_exit, on_failing=self._on_failing
+        )
+        self.url = ""
+        self._looked_at = 0.0
+        self._number = 0
+
+    def start(self) -> None:
+        """Start everything but the model servers, and wait until all of it answers."""
+        with transaction(self.engine) as connection:
+            # This process holds the lock, so no worker or model server of an earlier one can live.
+            jobs.release_all_workers(connection)
+            servers.forget_all(connection)
+        embedded_store = not self.settings.s3_endpoint_url
+        if embedded_store:
+            embedded.add_to(self.supervisor, self.settings)
+        after = (STORE,) if embedded_store else ()
+        self.supervisor.add(self._part(GATEWAY, ready=READY_LINE, after=after))
+        self.supervisor.add(self._part(WORKER, "--name", WORKER))
+        self.supervisor.wait_ready(timeout=START_SECONDS)
+
+    def stop(self) -> None:
+        """End all processes; running jobs go back to the queue."""
+        clear_address(self.settings.data_dir, GATEWAY)
+        self.supervisor.stop_all(STOP_SECONDS)
+        clear_address(self.settings.data_dir, STORE)
+
+    def look(self) -> bool:
+        """Start the model servers that are wanted, end those that are idle. Returns False."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_SECONDS:
+            return False
+        self._looked_at = now
+        with self.engine.connect() as connection:
+            rows = servers.list_servers(connection)
+        for row in rows:
+            status = self.supervisor.status(_server_name(row.key))
+            if status is None and row.state == "wanted":
+                self._start_server(row.key)
+            elif (
+                status is not None
+                and status.state is ChildState.READY
+                and servers.idle_seconds(row) > self.settings.model_idle_seconds
+            ):
+                logger.info("the model server of %s is idle and is ended", row.key)
+                with transaction(self.engine) as connection:
+                    servers.remove(connection, row.key)
+                self.supervisor.remove(status.name)
+        return False
+
+    def _start_server(self, key: str) -> None:
+        self._number += 1
+        socket = self.sockets / f"{self._number}.sock"
+        arguments = ("--weights", key, "--socket", str(socket))
+        with transaction(self.engine) as connection:
+            servers.mark_starting(connection, key, str(socket))
+        self.supervisor.add(
+            self._part(
+                "model-server", *arguments, name=_server_name(key), ready=READY_LINE, restart=False
+            )
+        )
+
+    def _part(
+        self,
+        command: str,
+        *arguments: str,
+        name: str | None = None,
+        ready: str | None = None,
+        after: tuple[str, ...] = (),
+        restart: bool = True,
+    ) -> ChildSpec:
+        name = name or command
+        return ChildSpec(
+            name=name,
+            command=(sys.executable, "-m", "outcrop", command, *arguments),
+            log_file=self.settings.data_dir / "logs" / f"{name.replace(':', '-')}.log",
+            environment=child_environment(self.settings),
+            ready=ready,
+            ready_seconds=START_SECONDS,
+            after=after,
+            restart=restart,
+            keep_log_bytes=self.settings.keep_log_bytes,
+        )
+
+    def _on_ready(self, status: ChildStatus) -> None:
+        if status.name == GATEWAY:
+            self.url = status.ready_line
+            assert status.pid is not None
+            write_address(self.settings.data_dir, GATEWAY, self.url, status.pid)
+        elif (key := _server_key(status.name)) is not None:
+            assert status.pid is not None
+            with transaction(self.engine) as connection:
+                servers.mark_ready(connection, key, status.pid)
+                throughputs.mark_in_service(connection, key)
+
+    def _on_exit(self, status: ChildStatus) -> None:
+        if status.name == WORKER:
+            with transaction(self.engine) as connection:
+                released = jobs.release_worker(connection, WORKER)
+            if released:
+                logger.warning("%d job(s) of the ended worker go back to the queue", released)
+        elif (key := _server_key(status.name)) is not None:
+            self._server_ended(key, status)
+
+    def _server_ended(self, key: str, status: ChildStatus) -> None:
+        # The next request for it writes the row anew, and it is started again.
+        with transaction(self.engine) as connection:
+            row = servers.get(connection, key)
+            if row is not None and row.state == "starting":
+                servers.mark_failed(connection, key, f"it ended with {status.exit_code}")
+                throughputs.mark_failed(connection, key, "The model server could not be started.")
+            else:
+                servers.remove(connection, key)
+        self.supervisor.remove(status.name)
+
+    def _on_failing(self, status: ChildStatus, log_tail: str) -> None:
+        logger.error("%s keeps ending; the end of its log:\n%s", status.name, log_tail)
+
+
+def _server_name(key: str) -> str:
+    return f"model-server:{key}"
+
+
+def _server_key(name: str) -> str | None:
+    return name.removeprefix("model-server:") if name.startswith("model-server:") else None

@@ -1,0 +1,50 @@
+"""Where a customization job's outputs lie: objects in the owner's bucket, files in the data directory.
+
+The layout in the bucket is Bedrock's. Clients read the validation metrics at two places (with and without the inner
+`validation/` folder, and Llama notebooks directly below `validation_artifacts/`), so all of them are written.
+Source: user guide, "Analyze the results of a model customization job", and the clients that read them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from outcrop.ids import S3Uri
+from outcrop.settings import Settings
+
+WRITE_CHECK = ".write_access_check_file.tmp"
+STEP_METRICS = "training_artifacts/step_wise_training_metrics.csv"
+VALIDATION_METRICS = (
+    "validation_artifacts/post_fine_tuning_validation/validation/validation_metrics.csv",
+    "validation_artifacts/post_fine_tuning_validation/validation_metrics.csv",
+    "validation_artifacts/validation_metrics.csv",
+)
+
+
+def output_folder(output: S3Uri, job_id: str) -> S3Uri:
+    """Return the prefix below which a job writes."""
+    return output.join(f"model-customization-job-{job_id}")
+
+
+def step_metrics_object(output: S3Uri, job_id: str) -> S3Uri:
+    """Return where the loss of every step is written."""
+    return output_folder(output, job_id).join(STEP_METRICS)
+
+
+def validation_metrics_objects(output: S3Uri, job_id: str) -> list[S3Uri]:
+    """Return where the validation losses are written: one file at each place that clients read."""
+    folder = output_folder(output, job_id)
+    return [folder.join(name) for name in VALIDATION_METRICS]
+
+
+def work_folder(settings: Settings, job_id: str, fence: int) -> Path:
+    """Return the scratch folder of one attempt; it is removed when the attempt ends."""
+    return settings.data_dir / "work" / job_id / str(fence)
+
+
+def model_folder(settings: Settings, model_id: str, fence: int) -> Path:
+    """Return where an attempt publishes its model.
+
+    The fence is part of the path: an attempt that lost its lease can write only where nobody looks.
+    """
+    return settings.data_dir / "models" / "custom" / model_id / str(fence)

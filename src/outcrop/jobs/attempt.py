@@ -1,0 +1,121 @@
+"""One attempt of one job, in a process of its own: `python -m outcrop.jobs.attempt JOB FENCE`.
+
+Ends the job's row itself (completed, failed, stopped) as long as its fence holds, and then exits with 0. Any other
+exit code means that the attempt could not end the row; the worker then decides whether to try again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import signal
+import sys
+from types import FrameType
+
+from sqlalchemy import Engine
+
+from outcrop.errors import (
+    ApiError,
+    DataError,
+    LeaseLost,
+    ModelError,
+    ObjectStoreError,
+    StopRequested,
+    TrainingError,
+)
+from outcrop.jobs import artifacts, customization
+from outcrop.settings import Settings, load_settings
+from outcrop.store import jobs
+from outcrop.store.database import connect, transaction
+
+logger = logging.getLogger("outcrop.attempt")
+
+EXIT_UNFINISHED = 1
+MAX_FAILURE_MESSAGE = 2048
+"""Source: botocore's `ErrorMessage` shape of bedrock."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the attempt; see the module's docstring for the exit code."""
+    job_id, fence = arguments[0], int(arguments[1])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = load_settings()
+    engine = connect(settings.effective_database_url)
+    stop = StopFlag()
+    signal.signal(signal.SIGTERM, stop.set)
+    try:
+        return run_attempt(settings, engine, job_id, fence, stop)
+    finally:
+        shutil.rmtree(artifacts.work_folder(settings, job_id, fence), ignore_errors=True)
+        engine.dispose()
+
+
+class StopFlag:
+    """Set by SIGTERM; looked at between micro-batches and between stages."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self, number: int = 0, frame: FrameType | None = None) -> None:
+        """Ask the attempt to end soon; has the form of a signal handler."""
+        self._set = True
+
+    def __call__(self) -> bool:
+        """Return whether the attempt is to end."""
+        return self._set
+
+    def check(self) -> None:
+        """Raise StopRequested where the attempt is to end."""
+        if self._set:
+            raise StopRequested
+
+
+def run_attempt(settings: Settings, engine: Engine, job_id: str, fence: int, stop: StopFlag) -> int:
+    """Run the job's stages and end its row. Returns the process's exit code."""
+    try:
+        with engine.connect() as connection:
+            job = jobs.get_job_by_id(connection, job_id)
+        if job is None or job.fence != fence or job.status not in ("running", "stopping"):
+            logger.warning("job %s is not held under fence %d any more", job_id, fence)
+            return 0
+        customization.run(settings, engine, job, stop)
+    except StopRequested:
+        return _end_stopped(engine, job_id, fence)
+    except LeaseLost:
+        logger.warning("the lease on job %s was lost; nothing more is written", job_id)
+        return 0
+    except (ApiError, DataError, ModelError, ObjectStoreError, TrainingError) as error:
+        return _fail(engine, job_id, fence, str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(engine, job_id, fence, _disk_full(error))
+    return 0
+
+
+def _end_stopped(engine: Engine, job_id: str, fence: int) -> int:
+    """End the row as stopped, if its owner asked for it; a service that shuts down did not."""
+    with transaction(engine) as connection:
+        ended = jobs.end_stopped(connection, job_id, fence)
+    logger.info("stopped by its owner" if ended else "interrupted; the job goes back to the queue")
+    return 0 if ended else EXIT_UNFINISHED
+
+
+def _fail(engine: Engine, job_id: str, fence: int, message: str) -> int:
+    logger.error("failed: %s", message)
+    with transaction(engine) as connection:
+        jobs.fail_job(connection, job_id, fence, message[:MAX_FAILURE_MESSAGE])
+    return 0
+
+
+def _disk_full(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return (
+        f"The disk is full{where}: the model could not be written. Nothing was published. Free some "
+        "space in the data directory and create the job again."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,231 @@
+"""The stages of a customization job: validation, training, publication.
+
+Turns a job's row into a custom model and the two CSV files in the owner's bucket. Whatever it reads, it reads with
+the permissions of the job's role. Nothing is visible as a model before the one transaction that also ends the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine
+
+from outcrop.data.examples import read_examples
+from outcrop.data.records import Example
+from outcrop.data.render import Renderer
+from outcrop.errors import LeaseLost, ModelError, StopRequested
+from outcrop.identity.authorize import assume_role_for_service
+from outcrop.ids import S3Uri, custom_model_arn, parse_s3_uri
+from outcrop.jobs import artifacts, places
+from outcrop.jobs.reporting import Reporter
+from outcrop.models.catalog import BaseModel, load_catalog
+from outcrop.models.weights import ensure_weights
+from outcrop.objects.client import ObjectStore, object_store
+from outcrop.settings import Settings
+from outcrop.store import jobs
+from outcrop.store.database import transaction
+from outcrop.store.rows import Job, NewCustomModel
+from outcrop.train.loop import TrainResult, train
+from outcrop.train.plan import TrainPlan, make_plan
+
+logger = logging.getLogger("outcrop.attempt")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The records of a job, rendered."""
+
+    training: list[Example]
+    validation: list[Example]
+
+
+def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], bool]) -> None:
+    """Take a job from its row to its model.
+
+    Raises:
+        DataError, ValidationException, ModelError, TrainingError, ObjectStoreError: the job fails, with the
+            error's text as its reason.
+        StopRequested: `should_stop` answered True.
+        LeaseLost: another attempt holds the job.
+    """
+    base = load_catalog(settings).resolve(job.spec["baseModelId"])
+    if base is None:
+        raise ModelError(f"The base model {job.spec['baseModelId']} is not in the catalogue any more.")
+    stage = _Stages(engine, job)
+    objects = object_store(settings)
+
+    stage.begin("validation")
+    output = _check_places(engine, objects, job)
+    folder = ensure_weights(settings, base.weights)
+    plan = make_plan(
+        base,
+        job.spec["customizationType"],
+        job.spec["userHyperParameters"],
+        has_validation=_validation_uri(job) is not None,
+    )
+    data = _read_data(settings, objects, job, base, plan, Renderer(folder))
+    _check_stop(should_stop)
+    stage.end("validation")
+
+    stage.begin("training")
+    reporter = Reporter(engine, objects, job, output, plan.total_steps(len(data.training)))
+    work = artifacts.work_folder(settings, job.id, job.fence)
+    result = train(
+        plan,
+        folder,
+        data.training,
+        data.validation,
+        work,
+        on_step=reporter.on_step,
+        on_validation=reporter.on_validation,
+        should_stop=should_stop,
+        threads=settings.train_threads,
+    )
+    reporter.finish()
+    _check_stop(should_stop)
+    _publish(settings, engine, job, base, work, result)
+
+
+class _Stages:
+    """Moves the job's stages on, under its fence."""
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._engine, self._job = engine, job
+
+    def begin(self, name: str) -> None:
+        self._advance(name, "InProgress")
+
+    def end(self, name: str) -> None:
+        self._advance(name, "Completed")
+
+    def _advance(self, name: str, status: str) -> None:
+        with transaction(self._engine) as connection:
+            if not jobs.advance_stage(connection, self._job.id, self._job.fence, name, status):
+                raise LeaseLost
+            if status == "InProgress":
+                progress = {"stage": name}
+                jobs.record_progress(connection, self._job.id, self._job.fence, progress)
+        logger.info("%s: %s", name, status)
+
+
+def _check_stop(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise StopRequested
+
+
+def _validation_uri(job: Job) -> S3Uri | None:
+    validators = job.spec.get("validationDataConfig", {}).get("validators", [])
+    return parse_s3_uri(validators[0]["s3Uri"]) if validators else None
+
+
+def _check_places(engine: Engine, objects: ObjectStore, job: Job) -> S3Uri:
+    """Ask again what was asked at creation, and prove by a write that the output can be written."""
+    training = places.file_place(
+        "trainingDataConfig.s3Uri", job.spec["trainingDataConfig"]["s3Uri"]
+    )
+    output = places.place("outputDataConfig.s3Uri", job.spec["outputDataConfig"]["s3Uri"])
+    inputs = [uri for uri in (training, _validation_uri(job)) if uri is not None]
+    with engine.connect() as connection:
+        role = assume_role_for_service(connection, job.account, job.spec["roleArn"])
+        for uri in inputs:
+            places.check_readable(connection, role, uri)
+        places.check_writable(connection, role, output)
+    for uri in inputs:
+        places.check_present(objects, uri)
+    places.check_bucket(objects, output)
+    objects.write(output.join(artifacts.WRITE_CHECK), b"")
+    return output
+
+
+def _read_data(
+    settings: Settings,
+    objects: ObjectStore,
+    job: Job,
+    base: BaseModel,
+    plan: TrainPlan,
+    renderer: Renderer,
+) -> Data:
+    training_uri = parse_s3_uri(job.spec["trainingDataConfig"]["s3Uri"])
+    validation_uri = _validation_uri(job)
+    assert training_uri is not None
+
+    def read(uri: S3Uri, role: str, max_records: int) -> list[Example]:
+        with objects.open(uri) as stream:
+            return read_examples(
+                stream,
+                str(uri),
+                base,
+                renderer,
+                role=role,
+                batch_size=plan.batch_size,
+                max_records=max_records,
+            )
+
+    training = read(training_uri, "training", settings.max_training_records)
+    validation: list[Example] = []
+    if validation_uri is not None:
+        validation = read(validation_uri, "validation", settings.max_validation_records)
+    elif plan.evaluation_percentage:
+        training, validation = plan.split(training)
+    return Data(training, validation)
+
+
+def _publish(
+    settings: Settings,
+    engine: Engine,
+    job: Job,
+    base: BaseModel,
+    work: Path,
+    result: TrainResult,
+) -> None:
+    """Move the artifact to its place, then make model and end of job visible in one transaction."""
+    model_id = job.spec["customModelId"]
+    folder = artifacts.model_folder(settings, model_id, job.fence)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    result.artifact.rename(folder)
+    metrics: dict[str, Any] = {
+        "trainingMetrics": {"trainingLoss": result.training_loss},
+        "validationMetrics": (
+            [] if result.validation_loss is None else [{"validationLoss": result.validation_loss}]
+        ),
+    }
+    arn = custom_model_arn(job.region, job.account, base.customization_id, model_id)
+    model = NewCustomModel(
+        id=model_id,
+        account=job.account,
+        region=job.region,
+        arn=arn,
+        name=job.spec["customModelName"],
+        job_arn=job.arn,
+        job_name=job.name,
+        base_model_id=base.customization_id,
+        base_model_arn=job.spec["baseModelArn"],
+        foundation_model_arn=job.spec["baseModelArn"],
+        customization_type=job.spec["customizationType"],
+        hyper_parameters=job.spec["hyperParameters"],
+        spec=job.spec,
+        metrics=metrics,
+        artifact_path=str(folder.relative_to(settings.data_dir)),
+        artifact_digest=result.digest,
+        tags={tag["key"]: tag["value"] for tag in job.spec.get("customModelTags", ())},
+    )
+    with transaction(engine) as connection:
+        completed = jobs.complete_job(
+            connection, job.id, job.fence, result={"outputModelArn": arn, **metrics}, model=model
+        )
+    if not completed:
+        shutil.rmtree(folder, ignore_errors=True)
+        with engine.connect() as connection:
+            now = jobs.get_job_by_id(connection, job.id)
+        if now is not None and now.fence == job.fence and now.status == "stopping":
+            raise StopRequested
+        raise LeaseLost
+    logger.info("published %s", arn)
+
+

@@ -1,0 +1,96 @@
+"""The places in S3 that a job reads and writes: their form, whether they are there, whether its role may.
+
+Asked when a job is created, so that a mistake is refused at once, and again by the job itself, because places and
+permissions change. The texts begin as Bedrock's do. Source: user guide, "Troubleshooting model customization
+issues", and AWS's knowledge-centre article on fine-tuning errors.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from outcrop.errors import AccessDeniedException, ObjectStoreError, ValidationException
+from outcrop.identity.authorize import authorize
+from outcrop.identity.principals import Principal
+from outcrop.ids import S3Uri, parse_s3_uri
+from outcrop.jobs.artifacts import WRITE_CHECK
+from outcrop.objects.client import ObjectStore
+
+
+def place(member: str, text: str) -> S3Uri:
+    """Read an S3 URI; `member` names it in the error."""
+    uri = parse_s3_uri(text)
+    if uri is None:
+        raise ValidationException(
+            f"The provided S3 URI is invalid: {member} is {text!r}. It must be of the form "
+            "s3://bucket/key."
+        )
+    return uri
+
+
+def file_place(member: str, text: str) -> S3Uri:
+    """Read an S3 URI that must name one object, not a folder."""
+    uri = place(member, text)
+    if not uri.key or uri.key.endswith("/"):
+        raise folder_error(uri, member)
+    return uri
+
+
+def folder_error(uri: S3Uri, member: str) -> ValidationException:
+    """Return the error for a URI that names a folder where a file is wanted (Bedrock's text)."""
+    kind = "validation" if member.startswith("validation") else "training"
+    return ValidationException(
+        f"Invalid {kind} input data configuration. Check the input data S3 Uris (Uri should be a file, "
+        f"not a directory) and retry request: {member} is {uri}."
+    )
+
+
+def check_readable(connection: Connection, role: Principal, uri: S3Uri) -> None:
+    """Refuse unless the job's role may read the object."""
+    try:
+        authorize(connection, role, "s3:GetObject", f"arn:aws:s3:::{uri.bucket}/{uri.key}")
+    except AccessDeniedException as error:
+        raise ValidationException(
+            "Could not validate GetObject permissions to access Amazon S3 bucket: "
+            f"{uri.bucket} at key {uri.key}. {error.message}"
+        ) from error
+
+
+def check_writable(connection: Connection, role: Principal, output: S3Uri) -> None:
+    """Refuse unless the job's role may write below the output's prefix."""
+    probe = output.join(WRITE_CHECK)
+    try:
+        authorize(connection, role, "s3:PutObject", f"arn:aws:s3:::{probe.bucket}/{probe.key}")
+    except AccessDeniedException as error:
+        raise ValidationException(
+            "Amazon S3 perms missing (PutObject): Could not validate PutObject permissions to access "
+            f"S3 bucket: {probe.bucket} at key {probe.key}. {error.message}"
+        ) from error
+
+
+def check_bucket(objects: ObjectStore, uri: S3Uri) -> None:
+    """Refuse unless the bucket exists."""
+    if not objects.bucket_exists(uri.bucket):
+        raise ValidationException(
+            "Could not validate PutObject permissions to access S3 bucket: "
+            f"{uri.bucket}. The bucket does not exist."
+        )
+
+
+def check_present(objects: ObjectStore, uri: S3Uri) -> None:
+    """Refuse unless the object exists, telling a missing bucket, a missing key and a folder apart."""
+    try:
+        if objects.head(uri) is not None:
+            return
+        if not objects.bucket_exists(uri.bucket):
+            reason = "The bucket does not exist."
+        elif next(iter(objects.list(uri.bucket, uri.key + "/")), None) is not None:
+            raise folder_error(uri, "trainingDataConfig.s3Uri")
+        else:
+            reason = "There is no object with this key."
+    except ObjectStoreError as error:
+        reason = str(error)
+    raise ValidationException(
+        "Could not validate GetObject permissions to access Amazon S3 bucket: "
+        f"{uri.bucket} at key {uri.key}. {reason}"
+    )

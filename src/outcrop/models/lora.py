@@ -1,0 +1,314 @@
+"""Adapters: the low-rank change of a model's linear layers that a customization job trains.
+
+Puts the layers of a loaded model into a form that adds `scaling * x A^T B^T` to the frozen
+`x W^T`, trains A and B as float32 masters, and turns them to and from a folder in peft's layout.
+The frozen weights are never touched, so a model without its adapter is the base again, bit by bit.
+
+How the two parts are added matters in bfloat16. Adding a small change to an already rounded output
+loses it: a value moves only if the change is at least half its last place. Here the frozen product
+is accumulated onto the change inside one matrix multiplication (float32 inside, rounded once), so
+the change survives on average; see docs/learning-rate.md for the measurement.
+
+Source: Hu et al., LoRA (arXiv 2106.09685), section 4.1 for the form and its start (A random, B
+zero); peft's "PEFT checkpoint format" page for the files and the names of the tensors.
+
+Axis suffixes: T tokens, I inputs of a layer, O outputs of a layer, R rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from outcrop.errors import ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TENSOR_PREFIX = "base_model.model."
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Shape and reach of an adapter."""
+
+    rank: int = 16
+    """Width of the change, at least 1."""
+    alpha: float = 32.0
+    """The change is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ALL_LINEARS
+    """Last part of the names of the linear layers that are adapted."""
+
+    @property
+    def scaling(self) -> float:
+        """What the product of A and B is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The tensors of one adapter, apart from any model."""
+
+    config: LoraConfig
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
+    """Name of a linear layer in the model -> (lora_a_RI, lora_b_OR), float32."""
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with room for an adapter; without one it does what the layer does."""
+
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.scaling = 1.0
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for x of shape (..., I)."""
+        if self.lora_a is None:
+            return torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
+        y: Tensor = _AdaptedMatmul.apply(
+            x, self.linear.weight, self.linear.bias, self.lora_a, self.lora_b, self.scaling
+        )
+        return y
+
+
+class _AdaptedMatmul(torch.autograd.Function):
+    """x W^T + scaling * x A^T B^T, with gradients for x, A and B and none for W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        lora_a_RI: Tensor,
+        lora_b_OR: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        a_RI = lora_a_RI.to(x.dtype)
+        b_OR = (lora_b_OR * scaling).to(x.dtype) if scaling != 1.0 else lora_b_OR.to(x.dtype)
+        h_TR = x_TI @ a_RI.t()
+        y_TO = h_TR @ b_OR.t()
+        y_TO.addmm_(x_TI, weight_OI.t())
+        if bias_O is not None:
+            y_TO += bias_O
+        ctx.save_for_backward(x_TI, h_TR, weight_OI, a_RI, b_OR)
+        ctx.scaling = scaling
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grad_outputs
+        x_TI, h_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        grad_y_TO = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_h_TR = grad_y_TO @ b_OR
+        grad_x = grad_a_RI = grad_b_OR = None
+        if ctx.needs_input_grad[0]:
+            grad_x_TI = grad_h_TR @ a_RI
+            grad_x_TI.addmm_(grad_y_TO, weight_OI)
+            grad_x = grad_x_TI.view(*grad_y.shape[:-1], -1)
+        if ctx.needs_input_grad[3]:
+            grad_a_RI = (grad_h_TR.t() @ x_TI).float()
+        if ctx.needs_input_grad[4]:
+            grad_b_OR = (grad_y_TO.t() @ h_TR).float() * ctx.scaling
+        return grad_x, None, None, grad_a_RI, grad_b_OR, None
+
+
+def attach(model: nn.Module, config: LoraConfig, seed: int) -> list[nn.Parameter]:
+    """Give the model a new adapter that can be trained, and return its parameters.
+
+    A is drawn uniformly from +-1/sqrt(inputs), B is zero, so that the model's output is at first
+    the base's. The numbers depend on the seed and each layer's name, not on any global state.
+
+    Raises:
+        ModelError: the model has none of the layers that the configuration names.
+    """
+    parameters = []
+    for name, layer in _adaptable(model, config.targets).items():
+        linear = layer.linear
+        generator = torch.Generator().manual_seed(_seed(seed, name))
+        bound = 1.0 / math.sqrt(linear.in_features)
+        a_RI = torch.empty(config.rank, linear.in_features).uniform_(
+            -bound, bound, generator=generator
+        )
+        b_OR = torch.zeros(linear.out_features, config.rank)
+        layer.lora_a = nn.Parameter(a_RI.to(linear.weight.device))
+        layer.lora_b = nn.Parameter(b_OR.to(linear.weight.device))
+        layer.scaling = config.scaling
+        parameters += [layer.lora_a, layer.lora_b]
+    return parameters
+
+
+def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
+    """Make the model answer with this adapter, or as the base where it is None; cannot be trained.
+
+    The tensors are rounded to the model's type once, here, as training rounds them each step.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    if adapter is None:
+        for layer in _lora_layers(model).values():
+            layer.lora_a = layer.lora_b = None
+        return
+    layers = _adaptable(model, adapter.config.targets)
+    if layers.keys() != adapter.tensors.keys():
+        odd = sorted(layers.keys() ^ adapter.tensors.keys())
+        raise ModelError(f"The adapter does not fit the model: {odd[0]} is only in one of them.")
+    rank = adapter.config.rank
+    for name, (a_RI, b_OR) in adapter.tensors.items():
+        linear = layers[name].linear
+        wanted = ((rank, linear.in_features), (linear.out_features, rank))
+        if (tuple(a_RI.shape), tuple(b_OR.shape)) != wanted:
+            raise ModelError(
+                f"The adapter does not fit the model: {name} has shapes {tuple(a_RI.shape)} and "
+                f"{tuple(b_OR.shape)}, where {wanted[0]} and {wanted[1]} are needed."
+            )
+    for name, layer in _lora_layers(model).items():
+        if name not in adapter.tensors:
+            layer.lora_a = layer.lora_b = None
+            continue
+        a_RI, b_OR = adapter.tensors[name]
+        weight = layer.linear.weight
+        scaled_b_OR = b_OR * adapter.config.scaling
+        layer.lora_a = nn.Parameter(a_RI.to(weight.device, weight.dtype), requires_grad=False)
+        layer.lora_b = nn.Parameter(
+            scaled_b_OR.to(weight.device, weight.dtype), requires_grad=False
+        )
+        layer.scaling = 1.0
+
+
+def adapter_of(model: nn.Module, config: LoraConfig) -> Adapter:
+    """Return a copy of the adapter that `attach` gave the model, as it is now."""
+    tensors = {}
+    for name, layer in _lora_layers(model).items():
+        if layer.lora_a is not None and layer.lora_b is not None:
+            tensors[name] = (_on_cpu(layer.lora_a), _on_cpu(layer.lora_b))
+    return Adapter(config, tensors)
+
+
+def detach(model: nn.Module) -> None:
+    """Take every adapter layer out again; the model is the base, with its own layers."""
+    for name, layer in _lora_layers(model).items():
+        _replace(model, name, layer.linear)
+
+
+def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
+    """Write the adapter as peft does: adapter_config.json and adapter_model.safetensors.
+
+    The same adapter gives the same bytes.
+
+    Args:
+        folder: is made where it does not exist.
+        base_model: what the adapter belongs to, for a reader; a name, not a path of this machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, (a_RI, b_OR) in adapter.tensors.items():
+        tensors[f"{TENSOR_PREFIX}{name}.lora_A.weight"] = a_RI.contiguous()
+        tensors[f"{TENSOR_PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": adapter.config.rank,
+        "target_modules": list(adapter.config.targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Read an adapter from a folder in peft's layout.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the adapter is of a kind that is not plain
+            LoRA on linear layers.
+    """
+    try:
+        described = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        flat = load_file(folder / ADAPTER_WEIGHTS)
+        config = LoraConfig(
+            rank=int(described["r"]),
+            alpha=float(described["lora_alpha"]),
+            targets=tuple(described["target_modules"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"The adapter in {folder} cannot be read: {error!r}") from error
+    for unsupported in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern"):
+        if described.get(unsupported):
+            raise ModelError(f"The adapter in {folder} uses {unsupported}, which is not supported.")
+    tensors = {}
+    for key, a_RI in flat.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removeprefix(TENSOR_PREFIX).removesuffix(".lora_A.weight")
+        b_OR = flat.get(key.replace(".lora_A.", ".lora_B."))
+        if b_OR is None:
+            raise ModelError(f"The adapter in {folder} has no lora_B for {name}.")
+        tensors[name] = (a_RI.float(), b_OR.float())
+    if 2 * len(tensors) != len(flat):
+        raise ModelError(f"The adapter in {folder} holds tensors that are not lora_A or lora_B.")
+    return Adapter(config, tensors)
+
+
+def _adaptable(model: nn.Module, targets: tuple[str, ...]) -> dict[str, LoraLinear]:
+    """Return the named layers in a form that can carry an adapter, made so where they are not."""
+    layers = {}
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] not in targets:
+            continue
+        if isinstance(module, nn.Linear):
+            module = LoraLinear(module)
+            _replace(model, name, module)
+        if isinstance(module, LoraLinear):
+            layers[name] = module
+    if not layers:
+        raise ModelError(f"The model has no linear layer named {', '.join(targets)}.")
+    return layers
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    return {name: layer for name, layer in _walk(model) if isinstance(layer, LoraLinear)}
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from list(model.named_modules())
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

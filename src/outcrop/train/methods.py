@@ -1,0 +1,102 @@
+"""What is trained: a new adapter beside the frozen weights, or all the weights.
+
+Both come to the loop as the same thing: tensors that receive gradients, float32 masters that the
+optimizer moves, and a way to write the result. Masters are needed because a bfloat16 weight does
+not move under an update of less than half its last place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from outcrop.models.lora import LoraConfig, adapter_of, attach, save_adapter
+from outcrop.train.plan import TrainPlan
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The part of a model that a run changes."""
+
+    model: LlamaForCausalLM
+    plan: TrainPlan
+    live: list[nn.Parameter]
+    """What the forward pass uses and gradients arrive at."""
+    masters: list[Tensor]
+    """What the optimizer moves, float32; the same tensors where `live` is float32 already."""
+
+    def collect_gradients(self) -> None:
+        """Add the gradients of one backward pass to the masters'."""
+        for parameter, master in zip(self.live, self.masters, strict=True):
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def apply_masters(self) -> None:
+        """Bring the forward pass's tensors to the masters' values after an optimizer step."""
+        with torch.no_grad():
+            for parameter, master in zip(self.live, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients, those of an unfinished step included."""
+        for tensor in (*self.live, *self.masters):
+            tensor.grad = None
+
+    def save(self, folder: Path, base_folder: Path) -> None:
+        """Write the artifact: an adapter, or a whole model that can be loaded like its base."""
+        if self.plan.method == "lora":
+            adapter = adapter_of(self.model, _lora_config(self.plan))
+            save_adapter(adapter, folder, self.plan.base_model)
+            return
+        self.model.save_pretrained(folder, safe_serialization=True)
+        for name in TOKENIZER_FILES:
+            if (base_folder / name).is_file():
+                shutil.copyfile(base_folder / name, folder / name)
+
+
+def make_trainable(model: LlamaForCausalLM, plan: TrainPlan, seed: int) -> Trainable:
+    """Prepare a loaded, frozen model for the plan's method.
+
+    Args:
+        seed: decides the adapter's first values; full fine-tuning starts from the weights.
+    Raises:
+        ModelError: the model has no layer that the plan's adapter could change.
+    """
+    if plan.method == "lora":
+        parameters = attach(model, _lora_config(plan), seed)
+        return Trainable(model, plan, parameters, list(parameters))
+    model.requires_grad_(True)
+    live = list(model.parameters())
+    masters = [
+        parameter
+        if parameter.dtype == torch.float32
+        else parameter.detach().float().requires_grad_(True)
+        for parameter in live
+    ]
+    return Trainable(model, plan, live, masters)
+
+
+def _lora_config(plan: TrainPlan) -> LoraConfig:
+    return LoraConfig(plan.lora_rank, plan.lora_alpha, plan.lora_targets)

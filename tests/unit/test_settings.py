@@ -1,0 +1,94 @@
+"""Settings come from four places in a fixed order, and nothing unknown passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outcrop.errors import SettingsError
+from outcrop.settings import (
+    Settings,
+    child_environment,
+    describe_settings,
+    load_settings,
+    setting_fields,
+)
+
+
+def test_defaults_stand_where_nothing_is_set(tmp_path: Path) -> None:
+    settings = load_settings({}, {"data_dir": tmp_path})
+    assert (settings.host, settings.port) == ("127.0.0.1", 7070)
+    assert settings.effective_database_url == f"sqlite:///{tmp_path / 'outcrop.sqlite3'}"
+
+
+def test_command_line_wins_over_environment_over_file_over_default(tmp_path: Path) -> None:
+    (tmp_path / "outcrop.toml").write_text('port = 1\nhost = "file"\nregion = "file-1"\n')
+    environ = {"OUTCROP_PORT": "2", "OUTCROP_HOST": "environment"}
+    overrides = {"data_dir": tmp_path, "port": 3}
+    settings = load_settings(environ, overrides)
+    assert (settings.port, settings.host, settings.region) == (3, "environment", "file-1")
+    sources = {item.name: item.source for item in describe_settings(environ, overrides)}
+    assert sources["port"] == "command line"
+    assert sources["host"] == "environment OUTCROP_HOST"
+    assert sources["region"] == f"file {tmp_path / 'outcrop.toml'}"
+    assert sources["account"] == "default"
+
+
+def test_named_config_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "other.toml"
+    file.write_text("job_slots = 4\n")
+    settings = load_settings({"OUTCROP_CONFIG": str(file)}, {"data_dir": tmp_path})
+    assert settings.job_slots == 4
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"OUTCROP_PROT": "1"}, "OUTCROP_PROT is not a setting"),
+        ({"OUTCROP_PORT": "many"}, "OUTCROP_PORT must be a whole number, not 'many'"),
+        ({"OUTCROP_PORT": "70707"}, "port must be between 0 and 65535, not 70707"),
+        ({"OUTCROP_ACCOUNT": "12"}, "account must be 12 digits, not '12'"),
+        ({"OUTCROP_JOB_SLOTS": "-1"}, "job_slots must not be negative, not -1"),
+        ({"OUTCROP_S3_ENDPOINT_URL": "http://s3"}, "s3_access_key_id and s3_secret_access_key"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        load_settings(environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("prot = 1\n", "prot is not a setting"), ("port = ", "cannot be read")]
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "outcrop.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=named) as refused:
+        load_settings({}, {"data_dir": tmp_path})
+    assert str(file) in str(refused.value)
+
+
+def test_secrets_are_neither_printed_nor_in_the_repr(tmp_path: Path) -> None:
+    environ = {
+        "OUTCROP_S3_ENDPOINT_URL": "http://s3",
+        "OUTCROP_S3_ACCESS_KEY_ID": "key-canary",
+        "OUTCROP_S3_SECRET_ACCESS_KEY": "secret-canary",
+    }
+    settings = load_settings(environ, {"data_dir": tmp_path})
+    shown = repr(settings) + str(describe_settings(environ, {"data_dir": tmp_path}))
+    assert "canary" not in shown
+    assert settings.s3_secret_access_key == "secret-canary"
+
+
+def test_a_child_process_sees_exactly_the_same_settings(tmp_path: Path) -> None:
+    (tmp_path / "outcrop.toml").write_text("job_slots = 7\n")
+    settings = load_settings({"OUTCROP_REGION": "eu-west-1"}, {"data_dir": tmp_path, "port": 0})
+    environ = child_environment(settings, {"PATH": "/bin", "OUTCROP_PORT": "9"})
+    assert environ["PATH"] == "/bin"
+    assert load_settings(environ) == settings
+
+
+def test_every_setting_has_a_help_text() -> None:
+    assert all(item.metadata["help"].endswith(".") for item in setting_fields())
+    assert len(setting_fields()) == len(Settings.__dataclass_fields__)
