@@ -111,21 +111,25 @@ def packed_attention(model: LlamaForCausalLM) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def token_losses(model: LlamaForCausalLM, batch: MicroBatch) -> Tensor:
+def token_losses(
+    model: LlamaForCausalLM, batch: MicroBatch, chunk_tokens: int = HEAD_CHUNK_TOKENS
+) -> Tensor:
     """Return the loss of each token that carries loss, float32, in the order of the row.
 
     The model must be inside `packed_attention`. Gradients flow where they are enabled.
+
+    Args:
+        chunk_tokens: how many tokens' scores over the vocabulary may exist at once. Where there
+            are more, they are computed again for the backward pass.
     """
     device = model.model.embed_tokens.weight.device
     input_ids_BT = torch.tensor([batch.input_ids], device=device)
     position_ids_BT = torch.tensor([batch.position_ids], device=device)
-    # The label of a token is predicted one place earlier, and never from another record.
+    # A token is predicted one place earlier; pack() gives a record's first token no label.
     places = [
         place
-        for place, (label, position) in enumerate(
-            zip(batch.labels, batch.position_ids, strict=True)
-        )
-        if label != IGNORE_INDEX and position > 0
+        for place, label in enumerate(batch.labels)
+        if label != IGNORE_INDEX
     ]
     if not places:
         return torch.zeros(0, device=device)
@@ -139,11 +143,9 @@ def token_losses(model: LlamaForCausalLM, batch: MicroBatch) -> Tensor:
     labels_L = torch.tensor([batch.labels[place] for place in places], device=device)
     hidden_LD = hidden_TD.index_select(0, places_L - 1)
     head = model.lm_head
-    if len(places) <= HEAD_CHUNK_TOKENS:
+    if len(places) <= chunk_tokens:
         return _cross_entropy(head, hidden_LD, labels_L)
-    chunks = zip(
-        hidden_LD.split(HEAD_CHUNK_TOKENS), labels_L.split(HEAD_CHUNK_TOKENS), strict=True
-    )
+    chunks = zip(hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
     return torch.cat(
         [
             checkpoint(_cross_entropy, head, hidden, labels, use_reentrant=False)
@@ -171,7 +173,10 @@ def _attend(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each record of a packed row. Source: transformers' AttentionInterface."""
+    """Attend causally inside each record of a packed row.
+
+    Source: transformers' AttentionInterface for the arguments and the axes of the result.
+    """
     lengths = list(segment_lengths)
     outputs = [
         nn.functional.scaled_dot_product_attention(

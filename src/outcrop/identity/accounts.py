@@ -50,9 +50,7 @@ def put_user_policy(
     _put_policy(connection, account, "user", user, policy_name, document)
 
 
-def delete_user_policy(
-    connection: Connection, account: str, user: str, policy_name: str
-) -> None:
+def delete_user_policy(connection: Connection, account: str, user: str, policy_name: str) -> None:
     """Remove one inline policy of a user."""
     rows.delete_policy(connection, account, "user", user, policy_name)
 
@@ -112,9 +110,7 @@ def put_role_policy(
     _put_policy(connection, account, "role", role, policy_name, document)
 
 
-def delete_role_policy(
-    connection: Connection, account: str, role: str, policy_name: str
-) -> None:
+def delete_role_policy(connection: Connection, account: str, role: str, policy_name: str) -> None:
     """Remove one inline policy of a role."""
     rows.delete_policy(connection, account, "role", role, policy_name)
 

@@ -7,19 +7,21 @@ in evaluation mode; who trains it says which parameters may change.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from outcrop.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-logging.getLogger("transformers").setLevel(logging.ERROR)
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 
 def has_fast_bfloat16() -> bool:
@@ -28,13 +30,10 @@ def has_fast_bfloat16() -> bool:
     Source: oneDNN uses the instructions avx512_bf16, amx_bf16 (x86) and bf16 (Arm) where it says
     that bfloat16 is supported; without them it converts, which is slower than float32.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
     if not torch.backends.mkldnn.is_available():
         return False
     # avx512 without its bf16 extension also counts as supported there, but only emulates.
-    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if x86:
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -56,8 +55,9 @@ def load_base(folder: Path, dtype: torch.dtype | None = None) -> LlamaForCausalL
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no model: config.json is missing.")
+    loader: Any = AutoModelForCausalLM
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             folder,
             dtype=dtype or compute_dtype(),
             attn_implementation="sdpa",
@@ -66,7 +66,7 @@ def load_base(folder: Path, dtype: torch.dtype | None = None) -> LlamaForCausalL
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model in {folder} cannot be loaded: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -76,4 +76,5 @@ def load_base(folder: Path, dtype: torch.dtype | None = None) -> LlamaForCausalL
         )
     model.requires_grad_(False)
     model.eval()
-    return model
+    loaded: LlamaForCausalLM = model
+    return loaded

@@ -258,12 +258,13 @@ class Supervisor:
             before = self._entries.get(name)
             if before is None or before.state is not ChildState.READY:
                 return
-        if entry.refresh is not None:
-            entry.spec = entry.refresh(entry.spec)
         entry.ready_line = ""
         try:
+            if entry.refresh is not None:
+                entry.spec = entry.refresh(entry.spec)
             entry.child = spawn(entry.spec)
-        except OSError as error:  # no memory for a fork must not end all the others
+        except (OSError, OutcropError) as error:
+            # A full disk, or no memory for a fork: that must not end all the others.
             log.error("%s cannot be started: %s", entry.spec.name, error)
             self._ended(entry, EXIT_CANNOT_RUN)
             return

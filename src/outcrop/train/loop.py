@@ -24,7 +24,6 @@ from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
 from outcrop.evaluate.likelihood import (
     MAX_MICRO_BATCH_TOKENS,
-    Likelihood,
     evaluate_likelihood,
     num_loss_tokens,
     packed_attention,
@@ -39,12 +38,15 @@ from outcrop.train.schedule import evaluation_steps, learning_rate
 from outcrop.train.threads import use_threads
 
 MAX_GRADIENT_NORM = 1.0
-"""Gradients are scaled down to this norm. Source: the common choice (GPT-3, appendix B; Llama 2)."""
+"""Gradients are scaled down to this norm. Source: Llama 2 (arXiv 2307.09288), section 2.2."""
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 """Source: Kingma and Ba, Adam (arXiv 1412.6980), algorithm 1."""
 WEIGHT_DECAY = 0.0
 ARTIFACT = "artifact"
+NOT_FINITE_ADVICE = (
+    "Nothing was published. A smaller learningRate or a larger batchSize may help."
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     seed: int = 0,
     threads: int = 0,
+    dtype: torch.dtype | None = None,
+    micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
 ) -> TrainResult:
     """Train and write the artifact below `output`.
 
@@ -96,6 +100,9 @@ def train(
         should_stop: asked between micro-batches; an unfinished step is thrown away.
         seed: decides the order of the records and the adapter's first values.
         threads: threads to compute with; 0 means all cores of this process.
+        dtype: the type of the frozen weights; None takes this machine's fastest.
+        micro_batch_tokens: tokens of one forward and backward pass. It bounds memory, and the time
+            until `should_stop` is heard; but for rounding it does not change the result.
     Raises:
         EmptyLossError: no token of the records, or of one batch, carries loss.
         NonFiniteLossError: a loss or gradient became NaN or infinite; the message names the step.
@@ -104,19 +111,21 @@ def train(
     """
     started = time.perf_counter()
     if not any(num_loss_tokens(example) for example in examples):
-        raise EmptyLossError("No token of the training data carries loss: there is nothing to learn.")
+        raise EmptyLossError(
+            "No token of the training data carries loss: there is nothing to learn."
+        )
     use_threads(threads)
     torch.manual_seed(seed)
-    model = load_base(folder)
-    run = _Run(plan, make_trainable(model, plan, seed), should_stop)
+    model = load_base(folder, dtype)
+    trainable = make_trainable(model, plan, seed)
+    run = _Run(plan, trainable, micro_batch_tokens, should_stop)
     watch = _Watch(plan)
 
-    def evaluate(epoch: int) -> Likelihood:
+    def evaluate(epoch: int) -> None:
         likelihood = evaluate_likelihood(model, validation, should_stop=should_stop)
-        loss = likelihood.loss
-        on_validation(ValidationRow(run.steps, epoch, loss, likelihood.perplexity))
-        watch.see(loss)
-        return likelihood
+        row = ValidationRow(run.steps, epoch, likelihood.loss, likelihood.perplexity)
+        on_validation(row)
+        watch.see(row.validation_loss)
 
     if validation:
         evaluate(0)
@@ -142,7 +151,7 @@ def train(
     if should_stop():
         raise StopRequested
     artifact = output / ARTIFACT
-    run.trainable.save(artifact, folder)
+    trainable.save(artifact, folder)
     return TrainResult(
         artifact=artifact,
         digest=folder_digest(artifact),
@@ -159,13 +168,18 @@ class _Run:
     """A model on its way: takes steps and counts them."""
 
     def __init__(
-        self, plan: TrainPlan, trainable: Trainable, should_stop: Callable[[], bool]
+        self,
+        plan: TrainPlan,
+        trainable: Trainable,
+        micro_batch_tokens: int,
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.plan = plan
-        self.trainable = trainable
         self.total_steps = 0
         self.steps = 0
         self.num_tokens = 0
+        self._plan = plan
+        self._trainable = trainable
+        self._micro_batch_tokens = micro_batch_tokens
         self._should_stop = should_stop
         self._optimizer = torch.optim.AdamW(
             trainable.masters,
@@ -179,11 +193,13 @@ class _Run:
     def step(self, batch: Sequence[Example], epoch: int) -> tuple[StepRow, int]:
         """Take one optimizer step; return its row and how many tokens carried loss."""
         started = time.perf_counter()
-        num_labels = sum(num_loss_tokens(example) for example in batch)
-        if num_labels == 0:
-            raise EmptyLossError(f"Step {self.steps}: no token of its records carries loss.")
-        loss = self._gradients(batch, num_labels)
-        self._update()
+        try:
+            loss, num_labels = gather_gradients(
+                self._trainable, batch, self._micro_batch_tokens, self._should_stop
+            )
+            self._update()
+        except (NonFiniteLossError, EmptyLossError) as error:
+            raise type(error)(f"Step {self.steps}: {error}") from None
         num_tokens = sum(len(example.input_ids) for example in batch)
         row = StepRow(
             step_number=self.steps,
@@ -197,42 +213,55 @@ class _Run:
         self.num_tokens += num_tokens
         return row, num_labels
 
-    def _gradients(self, batch: Sequence[Example], num_labels: int) -> float:
-        """Gather the gradients of the batch's mean loss and return that loss."""
-        total = 0.0
-        with packed_attention(self.trainable.model):
-            for micro_batch in pack(batch, MAX_MICRO_BATCH_TOKENS):
-                if self._should_stop():
-                    raise StopRequested
-                losses = token_losses(self.trainable.model, micro_batch)
-                if losses.numel() == 0:
-                    continue
-                loss_sum = losses.sum()
-                total += float(loss_sum.detach())
-                if not math.isfinite(total):
-                    raise self._not_finite(f"the training loss became {total}")
-                (loss_sum / num_labels).backward()
-                self.trainable.collect_gradients()
-        return total / num_labels
-
     def _update(self) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable.masters, MAX_GRADIENT_NORM)
-        if not math.isfinite(float(norm)):
-            raise self._not_finite(f"the norm of the gradient became {float(norm)}")
+        masters = self._trainable.masters
+        norm = float(torch.nn.utils.clip_grad_norm_(masters, MAX_GRADIENT_NORM))
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(f"the norm of the gradient became {norm}. {NOT_FINITE_ADVICE}")
         rate = learning_rate(
-            self.steps, self.total_steps, self.plan.warmup_steps, self.plan.learning_rate
+            self.steps, self.total_steps, self._plan.warmup_steps, self._plan.learning_rate
         )
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        self.trainable.apply_masters()
-        self.trainable.drop_gradients()
+        self._trainable.apply_masters()
+        self._trainable.drop_gradients()
 
-    def _not_finite(self, what: str) -> NonFiniteLossError:
-        return NonFiniteLossError(
-            f"Step {self.steps}: {what}. Nothing was published. A smaller learningRate or a larger "
-            "batchSize may help."
-        )
+
+def gather_gradients(
+    trainable: Trainable,
+    batch: Sequence[Example],
+    micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, int]:
+    """Add the gradients of a batch's mean loss to the masters', micro-batch by micro-batch.
+
+    Returns:
+        (loss, num_tokens): the mean over the batch's tokens that carry loss, in nats a token, and
+        how many those are.
+    Raises:
+        EmptyLossError: no token of the batch carries loss.
+        NonFiniteLossError: the loss is NaN or infinite.
+        StopRequested: `should_stop` answered True; it is asked before each micro-batch.
+    """
+    num_labels = sum(num_loss_tokens(example) for example in batch)
+    if num_labels == 0:
+        raise EmptyLossError("no token of its records carries loss.")
+    total = 0.0
+    with packed_attention(trainable.model):
+        for micro_batch in pack(batch, micro_batch_tokens):
+            if should_stop():
+                raise StopRequested
+            losses = token_losses(trainable.model, micro_batch)
+            if losses.numel() == 0:
+                continue
+            loss_sum = losses.sum()
+            total += float(loss_sum.detach())
+            if not math.isfinite(total):
+                raise NonFiniteLossError(f"the training loss became {total}. {NOT_FINITE_ADVICE}")
+            (loss_sum / num_labels).backward()
+            trainable.collect_gradients()
+    return total / num_labels, num_labels
 
 
 class _Watch:

@@ -20,7 +20,7 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
     """Return the learning rate of a step: a linear rise to the peak, then a linear fall to zero.
 
     The rise takes `warmup_steps` steps and does not begin at zero, so that no step is lost; the
-    fall would reach zero one step after the last. A run that is shorter than its warm-up only rises.
+    fall would reach zero one step after the last. A run shorter than its warm-up only rises.
 
     Args:
         step: counts from 0, below total_steps.

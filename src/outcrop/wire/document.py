@@ -126,17 +126,13 @@ def _refuse_constant(name: str) -> Any:
 def _finite_float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise serialization_error(
-            f"The body holds the number {shorten(text)}, which is too large."
-        )
+        raise serialization_error(f"The body holds the number {shorten(text)}, which is too large.")
     return value
 
 
 def _bounded_int(text: str) -> int:
     if len(text) > _MAX_INTEGER_DIGITS:
-        raise serialization_error(
-            f"The body holds the number {shorten(text)}, which is too large."
-        )
+        raise serialization_error(f"The body holds the number {shorten(text)}, which is too large.")
     return int(text)
 
 

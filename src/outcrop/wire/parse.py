@@ -339,9 +339,10 @@ def _from_header(shape: Shape, text: str | None, where: str) -> Any:
     if shape.serialization.get("jsonvalue"):
         return read_json(_blob(text, where))
     if shape.type_name == "list":
-        # A time as an HTTP date has a comma of its own.
-        pattern = r"\s*,\s*(?![0-9]{2} )" if shape.member.type_name == "timestamp" else r"\s*,\s*"
-        return [_scalar(shape.member, item, where) for item in re.split(pattern, text.strip())]
+        # An HTTP date has a comma of its own, before the day of the month.
+        is_time = shape.member.type_name == "timestamp"
+        items = re.split(r",(?!\s*[0-9]{2} )", text) if is_time else text.split(",")
+        return [_scalar(shape.member, item.strip(), where) for item in items]
     return _scalar(shape, text, where)
 
 
@@ -377,7 +378,9 @@ def _form_value(shape: Shape, form: Mapping[str, str], prefix: str, depth: int) 
         flat = shape.serialization.get("flattened")
         base = prefix if flat else f"{prefix}.{shape.member.serialization.get('name', 'member')}"
         items: list[Any] = []
-        while (item := _form_value(shape.member, form, f"{base}.{len(items) + 1}", depth)) is not None:
+        while (
+            item := _form_value(shape.member, form, f"{base}.{len(items) + 1}", depth)
+        ) is not None:
             items.append(item)
         return items or None
     if shape.type_name == "map":

@@ -29,7 +29,8 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     """Return a function that says whether a whole string matches `pattern`.
 
     It takes time in proportion to the string's length. Understood are literals, escapes, classes,
-    `.`, groups, alternatives, `* + ? {m,n}`, `^ $`, `\\d \\w \\s` (ASCII) and `\\p{...}` categories.
+    `.`, groups, alternatives, `* + ? {m,n}`, `^ $`, `\\d \\w \\s` (ASCII), `\\p{...}` categories.
+
     Raises:
         PatternError: the pattern uses anything else, or would need too large an automaton.
     """

@@ -66,9 +66,7 @@ def match(method: str, raw_path: str, *, query: str = "") -> Route:
     if found is None:
         raise _unknown(method, raw_path)
     target, values = found
-    params = {
-        name: _decode(name, value) for name, value in zip(target.labels, values, strict=True)
-    }
+    params = {name: _decode(name, value) for name, value in zip(target.labels, values, strict=True)}
     return Route(target.service, target.operation, params)
 
 

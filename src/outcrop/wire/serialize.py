@@ -169,9 +169,9 @@ def to_json(shape: Shape, value: Any) -> Any:
 
 def dump_json(document: Any) -> bytes:
     """Return JSON without white space, in UTF-8."""
-    return json.dumps(
-        document, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    ).encode("utf-8")
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+        "utf-8"
+    )
 
 
 def _expect(value: Any, wanted: type, shape: Shape) -> Any:
@@ -193,10 +193,10 @@ def _time(value: Any, form: str) -> str | float:
         raise TypeError(f"a time must be an aware datetime, not {value!r:.100}")
     value = value.astimezone(UTC)
     if form == "iso8601":
-        return value.replace(tzinfo=None).isoformat() + "Z"
+        return f"{value.replace(tzinfo=None).isoformat()}Z"
     if form == "rfc822":
         return format_datetime(value.replace(microsecond=0), usegmt=True)
-    seconds = value.timestamp()
+    seconds: float = value.timestamp()
     return int(seconds) if seconds.is_integer() else seconds
 
 

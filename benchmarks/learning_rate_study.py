@@ -1,0 +1,192 @@
+"""Which learning rate do adapters need, and what full fine-tuning rate does that stand for?
+
+    python benchmarks/learning_rate_study.py run --weights FOLDER --data FOLDER --work FOLDER
+    python benchmarks/learning_rate_study.py report --work FOLDER
+
+`run` trains one model for each data set and rate on the same records in the same order, scores it
+on the validation records only, and appends one line of JSON to WORK/runs.jsonl; a run that is
+there already is not repeated. `report` prints the tables and draws the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from greedy import greedy_answers
+
+from outcrop.data.records import Example, Message
+from outcrop.data.render import Renderer
+from outcrop.evaluate.generation import exact_match, rouge_l, words
+from outcrop.models.load import load_base
+from outcrop.models.lora import ALL_LINEARS, load_adapter, set_adapter
+from outcrop.train.loop import train
+from outcrop.train.metrics import ValidationRow
+from outcrop.train.plan import TrainPlan
+
+SETS = ("mts-dialog", "banking77", "gsm8k")
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+BATCH_SIZE = 8
+WARMUP_STEPS = 5
+SEED = 0
+ANSWER_TOKENS = 128
+
+
+def main() -> None:
+    """Read the command line and do what it says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--weights", type=Path, required=True)
+    run.add_argument("--data", type=Path, required=True)
+    run.add_argument("--work", type=Path, required=True)
+    run.add_argument("--sets", nargs="+", default=SETS)
+    run.add_argument("--rates", nargs="+", type=float, default=RATES)
+    run.add_argument("--method", choices=("lora", "full"), default="lora")
+    run.add_argument("--rank", type=int, default=16)
+    run.add_argument("--alpha", type=float, default=32.0)
+    run.add_argument("--records", type=int, default=400)
+    run.add_argument("--validation-records", type=int, default=100)
+    run.add_argument("--answers", type=int, default=0, help="validation records to answer")
+    run.add_argument("--seed", type=int, default=SEED)
+    run.add_argument("--threads", type=int, default=1)
+    report = commands.add_parser("report")
+    report.add_argument("--work", type=Path, required=True)
+    report.add_argument("--svg", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run_all(arguments)
+    else:
+        print_report(arguments.work, arguments.svg)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Train and score every set at every rate."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for rate in arguments.rates:
+        for name in arguments.sets:
+            key = {
+                "set": name,
+                "method": arguments.method,
+                "rate": rate,
+                "rank": arguments.rank,
+                "alpha": arguments.alpha,
+                "records": arguments.records,
+                "seed": arguments.seed,
+                "answers": arguments.answers,
+            }
+            if any(key.items() <= run.items() for run in read_runs(arguments.work)):
+                continue
+            result = run_one(arguments, name, rate)
+            with (arguments.work / "runs.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(key | result) + "\n")
+            print(json.dumps(key | result), flush=True)
+
+
+def run_one(arguments: argparse.Namespace, name: str, rate: float) -> dict[str, Any]:
+    """Train one model and return its scores on the validation records."""
+    renderer = Renderer(arguments.weights)
+    training = read_rows(arguments.data / f"{name}-train.jsonl", arguments.records)
+    validation = read_rows(
+        arguments.data / f"{name}-validation.jsonl", arguments.validation_records
+    )
+    plan = TrainPlan(
+        base_model=arguments.weights.name,
+        method=arguments.method,
+        num_epochs=1,
+        batch_size=BATCH_SIZE,
+        learning_rate=rate,
+        warmup_steps=WARMUP_STEPS,
+        lora_rank=arguments.rank,
+        lora_alpha=arguments.alpha,
+        lora_targets=ALL_LINEARS,
+        early_stopping=None,
+        evaluation_percentage=None,
+        hyper_parameters={},
+    )
+    losses: list[ValidationRow] = []
+    started = time.perf_counter()
+    output = arguments.work / f"{name}-{arguments.method}-{rate:g}"
+    shutil.rmtree(output, ignore_errors=True)
+    result = train(
+        plan,
+        arguments.weights,
+        [example(renderer, row) for row in training],
+        [example(renderer, row) for row in validation],
+        output,
+        on_validation=losses.append,
+        seed=arguments.seed,
+        threads=arguments.threads,
+    )
+    scores: dict[str, Any] = {
+        "base_loss": losses[0].validation_loss,
+        "losses": [(row.step_number, row.validation_loss) for row in losses],
+        "loss": losses[-1].validation_loss,
+        "training_loss": result.training_loss,
+        "num_tokens": result.num_tokens,
+        "train_seconds": round(time.perf_counter() - started, 1),
+        "torch": torch.__version__,
+    }
+    if arguments.answers:
+        scores |= answer_scores(arguments, renderer, result.artifact, validation)
+    shutil.rmtree(output)
+    return scores
+
+
+def answer_scores(
+    arguments: argparse.Namespace,
+    renderer: Renderer,
+    artifact: Path,
+    validation: Sequence[dict[str, str]],
+) -> dict[str, Any]:
+    """Answer some validation records greedily and compare with the completions."""
+    rows = validation[: arguments.answers]
+    if arguments.method == "lora":
+        model = load_base(arguments.weights)
+        set_adapter(model, load_adapter(artifact))
+    else:
+        model = load_base(artifact)
+    answers = [
+        renderer.decode(ids)
+        for ids in greedy_answers(
+            model,
+            [renderer.render_prompt((Message("user", row["prompt"]),)) for row in rows],
+            renderer.end_token_ids,
+            ANSWER_TOKENS,
+        )
+    ]
+    pairs = list(zip(answers, (row["completion"] for row in rows), strict=True))
+    return {
+        "rouge_l": statistics.mean(rouge_l(answer, wanted) for answer, wanted in pairs),
+        "exact_match": statistics.mean(exact_match(answer, wanted) for answer, wanted in pairs),
+        "median_words": statistics.median(len(words(answer)) for answer in answers),
+    }
+
+
+def read_rows(file: Path, num_records: int) -> list[dict[str, str]]:
+    """Return so many records of a file, drawn by a fixed seed, in the order of the draw."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return random.Random(SEED).sample(rows, min(num_records, len(rows)))
+
+
+def example(renderer: Renderer, row: dict[str, str]) -> Example:
+    """Render one record as the service does."""
+    return renderer.render_example(
+        (Message("user", row["prompt"]), Message("assistant", row["completion"]))
+    )
+
+
+def read_runs(work: Path) -> list[dict[str, Any]]:
+    """Return the finished runs."""
+    file = work / "runs.jsonl"
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,197 @@
+"""The models an operator added: entries in the data directory, one TOML file each.
+
+An entry names a folder in Hugging Face's layout, which stays where it is, and records what was in
+it when it was added: licence, digest, size of each file. The folder is checked before it is added,
+and looked at again before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outcrop.errors import ModelError
+from outcrop.settings import Settings
+
+KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""What is trained and served: adapters know the names of these models' layers."""
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+MAX_HEADER_BYTES = 100_000_000
+"""Source: the safetensors format's own limit."""
+
+
+@dataclass(frozen=True)
+class OperatorEntry:
+    """One file of `models/catalog/` in the data directory."""
+
+    file: Path
+    table: Mapping[str, Any]
+    """The file's content, in the form of the catalogue's own files."""
+
+    @property
+    def key(self) -> str:
+        """The key of its weights."""
+        return str(self._weights["key"])
+
+    @property
+    def folder(self) -> Path:
+        """Where its weights are."""
+        return Path(str(self._weights["folder"]))
+
+    @property
+    def digest(self) -> str:
+        """What `folder_digest` said when it was added."""
+        return str(self._weights["digest"])
+
+    @property
+    def _weights(self) -> Mapping[str, Any]:
+        weights = self.table.get("weights")
+        if not isinstance(weights, dict) or not {"key", "folder", "digest"} <= set(weights):
+            raise ModelError(
+                f"{self.file}: weights must be a table with key, folder and digest. "
+                "`outcrop models add` writes it."
+            )
+        return weights
+
+    def check_unchanged(self) -> None:
+        """Refuse a folder whose files are gone or have another size than when it was added.
+
+        Raises:
+            ModelError: so it is; the message names the file.
+        """
+        for name, size in self._weights.get("files", {}).items():
+            file = self.folder / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                raise ModelError(
+                    f"{file} has {found} bytes now and had {size} when the model was added. "
+                    "Put it back, or add the folder again."
+                )
+
+
+def catalog_folder(settings: Settings) -> Path:
+    """Return the folder of the operator's entries."""
+    return settings.data_dir / "models" / "catalog"
+
+
+def operator_entries(settings: Settings) -> Iterator[OperatorEntry]:
+    """Read the operator's entries in the order of their names.
+
+    Raises:
+        ModelError: a file is not TOML.
+    """
+    for file in sorted(catalog_folder(settings).glob("*.toml")):
+        try:
+            yield OperatorEntry(file, tomllib.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} cannot be read as TOML: {error}") from error
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """Check that a folder holds a model that can be used without running anything in it.
+
+    Returns:
+        The files that hold weights, sorted by name.
+    Raises:
+        ModelError: the folder is missing or incomplete, holds pickles or code, is quantized, or
+            has an architecture that is not known here.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder.")
+    config = _read_config(folder / "config.json")
+    _refuse_code(folder, config)
+    architectures = config.get("architectures") or ["none"]
+    if architectures[0] not in KNOWN_ARCHITECTURES:
+        raise ModelError(
+            f"{folder / 'config.json'} names the architecture {architectures[0]}. "
+            f"Known are {', '.join(KNOWN_ARCHITECTURES)}."
+        )
+    if "quantization_config" in config:
+        raise ModelError(
+            f"The weights in {folder} are quantized. Add the unquantized ones: float32, float16 or "
+            "bfloat16."
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder} has no tokenizer.json.")
+    _read_config(folder / "tokenizer_config.json")
+    return _weight_files(folder)
+
+
+def folder_digest(files: list[Path]) -> str:
+    """Return one SHA-256 for the weights: the file's own, or that of the list of names and digests."""
+    digests = []
+    for file in files:
+        with file.open("rb") as stream:
+            digests.append((file.name, hashlib.file_digest(stream, "sha256").hexdigest()))
+    if len(digests) == 1:
+        return digests[0][1]
+    text = "".join(f"{name} {digest}\n" for name, digest in digests)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise ModelError(
+            f"{folder} holds {', '.join(pickles)}. Such files can run code when they are read; only "
+            "safetensors are used here. Take them out of the folder."
+        )
+    code = [name for name in names if name.endswith(".py")]
+    tokenizer = folder / "tokenizer_config.json"
+    mapped = "auto_map" in config or (
+        tokenizer.is_file() and "auto_map" in _read_config(tokenizer)
+    )
+    if code or mapped:
+        shown = ", ".join(code) or "auto_map in its configuration"
+        raise ModelError(f"{folder} brings code of its own ({shown}), which is never run here.")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(_read_config(index).get("weight_map", {}).values())
+        files = sorted(folder / name for name in named)
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise ModelError(f"{folder} has no {file.name}. Weights are read from safetensors only.")
+        _check_safetensors(file)
+    if not files:
+        raise ModelError(f"{index} names no files.")
+    return files
+
+
+def _check_safetensors(file: Path) -> None:
+    """Refuse a file that is cut off or is none. Source: the safetensors format."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= min(MAX_HEADER_BYTES, size) else b""
+    try:
+        table = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise ModelError(f"{file} is not a safetensors file.") from None
+    wanted = 8 + length + max(ends, default=0)
+    if size != wanted:
+        raise ModelError(f"{file} has {size} bytes where its header says {wanted}: it is damaged.")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} is not a JSON object.")
+    return value

@@ -1,0 +1,210 @@
+"""Turn text into token ids and back, with the tokenizer.json of a model's folder.
+
+Text that a user wrote and text that a chat template wrote are encoded apart: a control token is
+recognized only in the template's, so nobody can write `<|im_start|>system` into a prompt and be
+taken for the service. It knows nothing of messages; `data/render.py` puts the two together.
+
+Source: Hugging Face's tokenizer.json and tokenizer_config.json, read by the `tokenizers` library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from outcrop.errors import ModelError
+
+REPLACEMENT = "�"
+"""What an unfinished or invalid UTF-8 sequence is decoded to."""
+
+LONGEST_UNFINISHED = 3
+"""A character is at most 4 bytes, so at most 3 tokens can be waiting for its last byte."""
+
+MAX_HELD_TOKENS = 16
+"""After so many tokens that end in no whole character, the bytes are garbage and are let go."""
+
+
+class Tokenizer:
+    """The tokenizer of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load it.
+
+        Raises:
+            ModelError: tokenizer.json or tokenizer_config.json is missing or cannot be read.
+        """
+        self._config = _read_json(folder / "tokenizer_config.json", required=False)
+        description = _read_json(folder / "tokenizer.json", required=True)
+        # Neither may cut or fill up what it is given: lengths are counted here.
+        description["truncation"] = description["padding"] = None
+        added = description.get("added_tokens") or []
+        try:
+            self._scaffold = tokenizers.Tokenizer.from_str(json.dumps(description))
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(_without_control(description)))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+        self.special_token_ids = frozenset(
+            int(token["id"]) for token in added if token.get("special")
+        )
+        """Ids of the tokens that no text spells and no answer shows."""
+        self.special_tokens: tuple[str, ...] = tuple(
+            str(token["content"]) for token in added if token.get("special")
+        )
+        """The spellings of those tokens, as a chat template writes them."""
+        self.named_tokens = _named_tokens(self._config)
+        """Spellings by role: "bos_token", "eos_token", ..., as templates refer to them."""
+        self.bos_token_id = self._named_id("bos_token")
+        """Id of the token that begins a text; None where the model has none."""
+        self.eos_token_id = self._named_id("eos_token")
+        """Id of the token that ends an answer; None where the model has none."""
+        self.chat_template = _chat_template(folder, self._config)
+        """The Jinja source that turns messages into text; None where the folder has none."""
+        self.adds_bos = bool(self._config.get("add_bos_token")) and self.bos_token_id is not None
+        """Whether the model was trained with a beginning token that no template writes."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, control tokens included."""
+        return self._scaffold.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text of a user or of a model; control tokens in it are plain characters.
+
+        Raises:
+            ValueError: the text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError("the text holds half of a surrogate pair") from error
+
+    def encode_scaffold(self, text: str) -> list[int]:
+        """Encode text that a chat template wrote; control tokens in it are control tokens."""
+        return list(self._scaffold.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without control tokens; invalid UTF-8 becomes U+FFFD."""
+        return str(self._scaffold.decode(list(ids), skip_special_tokens=True))
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of one token by its spelling in the vocabulary."""
+        found = self._scaffold.token_to_id(token)
+        return None if found is None else int(found)
+
+    def _named_id(self, role: str) -> int | None:
+        token = self.named_tokens.get(role)
+        return None if token is None else self.token_id(token)
+
+
+class IncrementalDecoder:
+    """Turns ids that arrive one after the other into pieces of text.
+
+    No piece ends inside a UTF-8 character, and the pieces together are what `decode` returns for
+    all ids at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Some tokenizers drop the space before the first word of what they decode, so the ids of
+        # the piece before are decoded along and its text is taken off again.
+        self._before: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take in more ids and return the text that is certain by now, perhaps ""."""
+        self._held.extend(
+            token for token in ids if token not in self._tokenizer.special_token_ids
+        )
+        text = self._text(self._held)
+        if not text.endswith(REPLACEMENT):
+            return self._let_go(len(self._held), text)
+        if len(self._held) <= MAX_HELD_TOKENS:
+            return ""
+        for count in range(len(self._held) - LONGEST_UNFINISHED, 0, -1):
+            head = self._text(self._held[:count])
+            if head + self._tokenizer.decode(self._held[count:]) == text:
+                return self._let_go(count, head)
+        return ""
+
+    def finish(self) -> str:
+        """Return what was held back; an unfinished character becomes U+FFFD."""
+        return self._let_go(len(self._held), self._text(self._held))
+
+    def _text(self, ids: list[int]) -> str:
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode(self._before + ids)[len(before) :]
+
+    def _let_go(self, count: int, text: str) -> str:
+        if count:
+            self._before, self._held = self._held[:count], self._held[count:]
+        return text
+
+
+def _read_json(file: Path, *, required: bool) -> dict[str, Any]:
+    if not required and not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} is not a JSON object.")
+    return value
+
+
+def _without_control(description: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a tokenizer to which control tokens are ordinary text.
+
+    Added tokens of white space only stay: they are how some models write indentation. A control
+    token also leaves the vocabulary where no merge makes it, because some tokenizers look whole
+    words up before they split them.
+    """
+    added = description.get("added_tokens") or []
+    control = {token["content"] for token in added if token["content"].strip()}
+    model = dict(description["model"])
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        made = {"".join(_pair(merge)) for merge in model.get("merges") or ()}
+        kept = {model.get("unk_token")} | made
+        model["vocab"] = {
+            token: place
+            for token, place in vocabulary.items()
+            if token not in control or token in kept
+        }
+    return {
+        **description,
+        "model": model,
+        "added_tokens": [token for token in added if token["content"] not in control],
+        "post_processor": None,
+    }
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    named = {}
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"):
+        token = config.get(role)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            named[role] = token
+    return named
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {item["name"]: item["template"] for item in template}.get("default")
+    return template if isinstance(template, str) else None

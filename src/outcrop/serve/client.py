@@ -1,0 +1,128 @@
+"""The only caller of a model server's socket: requests in, answers and errors out.
+
+An error of the model server comes out as the exception it was there. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from outcrop.data.records import Message
+from outcrop.errors import ApiError, ModelErrorException, ServingError
+from outcrop.serve.request import (
+    Generation,
+    GenerationRequest,
+    TokenEvent,
+    event_from_json,
+    messages_to_json,
+    request_to_json,
+)
+
+CONNECT_SECONDS = 5.0
+READY_SECONDS = 2.0
+
+
+class ModelClient:
+    """One model server, by its socket. Holds no connection between calls."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Return the whole answer. Raises as `stream`."""
+        async for event in self.stream(request):
+            if isinstance(event, Generation):
+                return event
+        raise AssertionError("a stream ends with a Generation or an exception")
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenEvent | Generation]:
+        """Yield the answer as it is made; the last event is the Generation.
+
+        Leaving the iteration early cancels the request in the model server.
+
+        Raises:
+            ServingError: no model server listens at the socket; nothing has been done.
+            ModelErrorException: the model server ended before the answer did.
+            ApiError: what the model server refused the request with, of its own class.
+        """
+        async with self._open("POST", "/generate", request_to_json(request)) as response:
+            async for line in _lines(response):
+                event = event_from_json(line)
+                if isinstance(event, ApiError):
+                    raise event
+                yield event
+                if isinstance(event, Generation):
+                    return
+        raise _cut_off()
+
+    async def count(self, messages: Sequence[Message]) -> int:
+        """Return how many tokens the prompt has. Raises as `stream`."""
+        answer = await self._ask("POST", "/count", messages_to_json(tuple(messages)))
+        return int(answer["input_tokens"])
+
+    async def load_adapter(self, artifact: str) -> None:
+        """Have a custom model's weights loaded before they are asked for. Raises as `stream`."""
+        await self._ask("POST", "/load", json.dumps({"adapter": artifact}).encode())
+
+    async def stats(self) -> Mapping[str, Any]:
+        """Return the figures of the server: those of `EngineStats`, and of the process.
+
+        Raises:
+            ServingError, ModelErrorException: as `stream`.
+        """
+        return await self._ask("GET", "/stats")
+
+    async def is_ready(self) -> bool:
+        """Return whether a model server answers at the socket now."""
+        try:
+            async with self._open("GET", "/healthz", read_seconds=READY_SECONDS) as response:
+                return response.status_code == httpx.codes.OK
+        except (ServingError, ModelErrorException):
+            return False
+
+    async def _ask(self, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
+        async with self._open(method, path, body) as response:
+            text = b"".join([chunk async for chunk in response.aiter_bytes()])
+        if response.status_code != httpx.codes.OK:
+            error = event_from_json(text)
+            assert isinstance(error, ApiError)
+            raise error
+        answer: dict[str, Any] = json.loads(text)
+        return answer
+
+    @asynccontextmanager
+    async def _open(
+        self, method: str, path: str, body: bytes = b"", read_seconds: float | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        # Reading an answer may take as long as its caller allows; the caller counts.
+        limits = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
+        transport = httpx.AsyncHTTPTransport(uds=str(self._socket), verify=False, trust_env=False)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://model-server", timeout=limits, trust_env=False
+        ) as client:
+            try:
+                async with client.stream(method, path, content=body) as response:
+                    yield response
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise ServingError("no model server listens at the socket") from error
+            except httpx.TransportError as error:
+                raise _cut_off() from error
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield whole lines only: one that is cut off is no event."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+
+
+def _cut_off() -> ModelErrorException:
+    return ModelErrorException("The model server ended before the answer was complete. Try again.")

@@ -1,0 +1,93 @@
+"""Amazon Nova: `{"messages": [...], "system": [...], "inferenceConfig": {...}}`, text only.
+
+Images, videos, documents and tools are refused by name.
+
+Source: Nova user guide, "Complete request schema".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from outcrop.data.records import Message
+from outcrop.models.catalog import BaseModel
+from outcrop.serve.prompt_formats.native import NativeRequest
+from outcrop.serve.prompt_formats.schema import (
+    MAX_STOP_SEQUENCES,
+    Field,
+    Fields,
+    check,
+    check_max_tokens,
+)
+from outcrop.serve.prompt_formats.turns import join_turns, text_of
+from outcrop.serve.request import FinishReason, Generation, SamplingParams
+
+REASONS: dict[FinishReason, str] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "stop_sequence": "stop_sequence",
+}
+FIELDS: Fields = {
+    "schemaVersion": Field("string", "messages-v1", enum=("messages-v1",)),
+    "messages": Field(
+        "objects",
+        required=True,
+        minimum=1,
+        fields={
+            "role": Field("string", required=True, enum=("user", "assistant")),
+            "content": Field("objects", required=True, minimum=1),
+        },
+    ),
+    "system": Field("objects", ()),
+    "inferenceConfig": Field(
+        "object",
+        fields={
+            "maxTokens": Field("integer", minimum=1),
+            "max_new_tokens": Field("integer", minimum=1),
+            "temperature": Field("number", 0.7, minimum=0, maximum=1),
+            "topP": Field("number", 0.9, minimum=0, maximum=1),
+            "topK": Field("integer", 0, minimum=0, maximum=128),
+            "stopSequences": Field("strings", (), maximum=MAX_STOP_SEQUENCES),
+        },
+    ),
+}
+
+
+def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequest:
+    """Read a body. Without maxTokens the answer ends where the model's limit is.
+
+    `max_new_tokens` is the older name of maxTokens, which published samples still use.
+    """
+    body = check(value, FIELDS)
+    turns = [
+        Message(turn["role"], _text(turn["content"], f"#/messages/{place}/content"))
+        for place, turn in enumerate(body["messages"])
+    ]
+    config = body["inferenceConfig"]
+    requested = config["maxTokens"] or config["max_new_tokens"]
+    sampling = SamplingParams(
+        temperature=config["temperature"],
+        top_p=config["topP"],
+        top_k=config["topK"] or None,
+        max_tokens=check_max_tokens(requested, max_tokens) if requested else None,
+        stop=tuple(config["stopSequences"]),
+    )
+    return NativeRequest(join_turns(turns, _text(body["system"], "#/system")), sampling)
+
+
+def format(base: BaseModel, request: NativeRequest, generations: list[Generation]) -> Any:
+    """Return the answer's body."""
+    generation = generations[0]
+    return {
+        "output": {"message": {"role": "assistant", "content": [{"text": generation.text}]}},
+        "stopReason": REASONS[generation.finish_reason],
+        "usage": {
+            "inputTokens": generation.input_tokens,
+            "outputTokens": generation.output_tokens,
+            "totalTokens": generation.input_tokens + generation.output_tokens,
+        },
+    }
+
+
+def _text(blocks: list[dict[str, Any]], path: str) -> str:
+    return "\n".join(text_of(block, f"{path}/{place}") for place, block in enumerate(blocks))

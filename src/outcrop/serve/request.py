@@ -1,0 +1,193 @@
+"""What a model server is asked and answers, and the JSON lines in which both cross a socket.
+
+An answer is a stream of events: any number of TokenEvents, then one Generation, or an ApiError at
+any point instead. Knows neither body formats nor weights; imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+from outcrop import errors
+from outcrop.data.records import Message
+from outcrop.errors import ApiError
+
+FinishReason = Literal["stop", "length", "stop_sequence"]
+Truncate = Literal["none", "start", "end"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn and when to stop."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token each time, and is repeatable."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities sum to this; 1 draws from all."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens; None draws from all."""
+    max_tokens: int | None = None
+    """Tokens to answer with at most; None means as many as the context has room for."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer where they appear; they are not part of it. None is empty."""
+    seed: int | None = None
+    """Makes the draws repeatable; None draws anew each time."""
+    logprobs: bool = False
+    """Whether each token's log-probability is wanted."""
+    truncate: Truncate = "none"
+    """Which end of a prompt that is too long is cut off; "none" refuses it."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One answer that is wanted."""
+
+    messages: tuple[Message, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapter: str | None = None
+    """Folder of the custom model's artifact; None asks the base."""
+    timeout_seconds: float | None = None
+    """Counted from the arrival at the model server; None means the server's own limit."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """Text that is now certain to be part of the answer."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    """Tokens drawn so far; text that may still become a stop sequence is held back."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token of an answer."""
+
+    text: str
+    logprob: float
+    """Natural logarithm of its probability under the model, before temperature and cuts."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    """Tokens drawn: the end token and those of a stop sequence count too."""
+    finish_reason: FinishReason
+    """The model's own end token, `max_tokens` or the context reached, or a stop sequence."""
+    stop_sequence: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """None unless they were asked for; without the end token."""
+
+
+Event: TypeAlias = TokenEvent | Generation | ApiError
+
+
+def request_to_json(request: GenerationRequest) -> bytes:
+    """Return the request as one JSON object."""
+    sampling = {**vars(request.sampling), "stop": list(request.sampling.stop)}
+    return _encode(
+        {
+            "messages": _messages(request.messages),
+            "sampling": sampling,
+            "adapter": request.adapter,
+            "timeout_seconds": request.timeout_seconds,
+        }
+    )
+
+
+def request_from_json(body: bytes) -> GenerationRequest:
+    """Read what `request_to_json` wrote.
+
+    Raises:
+        ValueError, KeyError, TypeError: the body is something else.
+    """
+    value = json.loads(body)
+    sampling = SamplingParams(**value["sampling"])
+    return GenerationRequest(
+        messages=_read_messages(value["messages"]),
+        sampling=replace(sampling, stop=tuple(sampling.stop)),
+        adapter=value["adapter"],
+        timeout_seconds=value["timeout_seconds"],
+    )
+
+
+def messages_to_json(messages: tuple[Message, ...]) -> bytes:
+    """Return the messages as one JSON object."""
+    return _encode({"messages": _messages(messages)})
+
+
+def messages_from_json(body: bytes) -> tuple[Message, ...]:
+    """Read what `messages_to_json` wrote; raises as `request_from_json` does."""
+    return _read_messages(json.loads(body)["messages"])
+
+
+def event_to_json(event: Event) -> bytes:
+    """Return the event as one line of JSON, with its line end."""
+    if isinstance(event, TokenEvent):
+        value: dict[str, Any] = {"event": "token", **vars(event)}
+    elif isinstance(event, Generation):
+        logprobs = event.logprobs
+        value = {"event": "done", **vars(event)}
+        if logprobs is not None:
+            value["logprobs"] = [[token.text, token.logprob] for token in logprobs]
+    else:
+        value = {
+            "event": "error",
+            "code": event.code,
+            "http_status": event.http_status,
+            "message": event.message,
+            "members": event.members,
+        }
+    return _encode(value) + b"\n"
+
+
+def event_from_json(line: bytes | str) -> Event:
+    """Read what `event_to_json` wrote; an error comes back as an instance of its own class.
+
+    Raises:
+        ValueError, KeyError, TypeError: the line is something else.
+    """
+    value = json.loads(line)
+    kind = value.pop("event")
+    if kind == "token":
+        return TokenEvent(**value)
+    if kind == "done":
+        if value["logprobs"] is not None:
+            value["logprobs"] = tuple(TokenLogprob(*token) for token in value["logprobs"])
+        return Generation(**value)
+    if kind == "error":
+        return _read_error(value)
+    raise ValueError(f"an event cannot be {kind!r}")
+
+
+def _read_error(value: Mapping[str, Any]) -> ApiError:
+    code = value["code"]
+    found = getattr(errors, code, ApiError)
+    cls = found if isinstance(found, type) and issubclass(found, ApiError) else ApiError
+    return cls(
+        value["message"],
+        code=code,
+        http_status=value["http_status"],
+        members=dict(value["members"]),
+    )
+
+
+def _messages(messages: tuple[Message, ...]) -> list[list[str]]:
+    return [[message.role, message.text] for message in messages]
+
+
+def _read_messages(value: Any) -> tuple[Message, ...]:
+    return tuple(Message(role, text) for role, text in value)
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    # ASCII only, so that no text, lone surrogates included, can break the encoding or the line.
+    return json.dumps(value, separators=(",", ":")).encode("ascii")

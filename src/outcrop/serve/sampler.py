@@ -1,0 +1,91 @@
+"""Draw the next token from a model's scores: greedy, or by temperature, top-k and top-p.
+
+The order is that of transformers' generate: temperature, then the k likeliest, then the nucleus of
+what is left. Tokens of equal score count in the order of their ids, so which tokens are kept is
+exact. A seed fixes the draws, whatever else the process computes in between.
+
+Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv 1904.09751), for top-p.
+
+Axis suffixes: V vocabulary, K tokens that are kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import torch
+from torch import Tensor, nn
+
+from outcrop.serve.request import SamplingParams
+
+ROUNDING = 1e-9
+"""Relative room for the rounding of probabilities that are all equal."""
+
+
+def new_generator(seed: int | None) -> torch.Generator:
+    """Return the source of one request's random numbers.
+
+    Args:
+        seed: any integer; None takes an unpredictable one.
+    """
+    generator = torch.Generator()
+    return generator.manual_seed((secrets.randbits(63) if seed is None else seed) % 2**63)
+
+
+def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """Draw one token id.
+
+    Args:
+        logits_V: unnormalized scores, any float type; computed in float32, summed in float64.
+        generator: gives exactly one number for each token drawn with a temperature above 0.
+    """
+    if params.temperature == 0 or params.top_k == 1:
+        # The first of several equal maxima, as torch.argmax promises.
+        return int(torch.argmax(logits_V))
+    ids_K, probabilities_K = distribution(logits_V, params)
+    cumulative_K = probabilities_K.cumsum(0)
+    draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative_K[-1]
+    place = int(torch.searchsorted(cumulative_K, draw, right=True))
+    return int(ids_K[min(place, len(ids_K) - 1)])
+
+
+def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Return the tokens that can be drawn and their probabilities, at a temperature above 0.
+
+    Returns:
+        (ids_K, probabilities_K): int64 and float64. Where tokens were cut off, the likeliest come
+        first and equal ones by id, else all come by id. The probabilities sum to 1.
+    """
+    scores_V = logits_V.float().cpu()
+    # The maximum goes first, so that a tiny temperature cannot overflow to infinity less infinity.
+    scores_V = (scores_V - scores_V.max()).double() / params.temperature
+    ids_K = torch.arange(len(scores_V))
+    if params.top_k is not None and params.top_k < len(scores_V):
+        threshold = torch.topk(scores_V, params.top_k).values[-1]
+        ids_K, scores_K = _sorted(ids_K, scores_V, scores_V >= threshold)
+        ids_K, scores_K = ids_K[: params.top_k], scores_K[: params.top_k]
+    else:
+        scores_K = scores_V
+    probabilities_K = torch.softmax(scores_K, dim=0)
+    if params.top_p < 1:
+        # Fewer than V tokens lie below this, so all of them together lack the mass to matter: the
+        # nucleus is among the others, and sorting those alone is ten times cheaper.
+        floor = (1 - params.top_p) / len(probabilities_K) * (1 - ROUNDING)
+        ids_K, probabilities_K = _sorted(ids_K, probabilities_K, probabilities_K >= floor)
+        before_K = nn.functional.pad(probabilities_K.cumsum(0)[:-1], (1, 0))
+        inside_K = before_K < params.top_p
+        inside_K[0] = True
+        ids_K, probabilities_K = ids_K[inside_K], probabilities_K[inside_K]
+    return ids_K, probabilities_K / probabilities_K.sum()
+
+
+def logprob(logits_V: Tensor, token: int) -> float:
+    """Return the natural logarithm of a token's probability at temperature 1, without cuts."""
+    scores_V = logits_V.float()
+    return float(scores_V[token] - torch.logsumexp(scores_V, dim=0))
+
+
+def _sorted(ids_K: Tensor, values_K: Tensor, keep_K: Tensor) -> tuple[Tensor, Tensor]:
+    ids_K, values_K = ids_K[keep_K], values_K[keep_K]
+    values_K, order_K = torch.sort(values_K, descending=True, stable=True)
+    return ids_K[order_K], values_K

@@ -1,0 +1,103 @@
+"""One request on its way from prompt to answer, a step at a time.
+
+Each step is one pass of the network: a part of the prompt, or one new token. Knows neither threads
+nor other requests; its arithmetic is the same whatever else is being answered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from outcrop.errors import ModelErrorException
+from outcrop.models.tokenizer import IncrementalDecoder, Tokenizer
+from outcrop.serve.network import Network
+from outcrop.serve.request import FinishReason, Generation, SamplingParams, TokenEvent, TokenLogprob
+from outcrop.serve.sampler import logprob, new_generator, sample
+from outcrop.serve.stop import StopScanner
+
+PREFILL_TOKENS = 512
+"""Tokens of a prompt in one step, so that a long one cannot hold up others for long."""
+
+
+class TokenSequence:
+    """The state of one request."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        end_token_ids: Sequence[int],
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.input_tokens = len(prompt_ids)
+        self.max_tokens = max_tokens
+        self._sampling = sampling
+        self._end_token_ids = frozenset(end_token_ids)
+        self._waiting_ids = list(prompt_ids)
+        self._cache: Any = None
+        self._generator = new_generator(sampling.seed)
+        self._tokenizer = tokenizer
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._scanner = StopScanner(sampling.stop)
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self.output_tokens = 0
+
+    def step(self, network: Network) -> TokenEvent | Generation | None:
+        """Run one pass; returns released text, the finished answer, or None for neither.
+
+        Raises:
+            ModelErrorException: the model's scores are not numbers.
+        """
+        if self._cache is None:
+            self._cache = network.new_cache()
+        part, self._waiting_ids = (
+            self._waiting_ids[:PREFILL_TOKENS],
+            self._waiting_ids[PREFILL_TOKENS:],
+        )
+        logits_V = network.forward(part, self._cache)
+        if self._waiting_ids:
+            return None
+        if not math.isfinite(float(logits_V.max())):
+            raise ModelErrorException(
+                "The model's scores are not finite numbers, so no token can be drawn."
+            )
+        token = sample(logits_V, self._sampling, self._generator)
+        self.output_tokens += 1
+        if token in self._end_token_ids:
+            return self._finish("stop", self._decoder.finish())
+        if self._sampling.logprobs:
+            text = self._tokenizer.decode([token])
+            self._logprobs.append(TokenLogprob(text, logprob(logits_V, token)))
+        self._waiting_ids = [token]
+        text = self._decoder.push([token])
+        if self.output_tokens >= self.max_tokens:
+            return self._finish("length", text + self._decoder.finish())
+        released, found = self._scanner.add(text)
+        self._text.append(released)
+        if found is not None:
+            return self._generation("stop_sequence", found)
+        if not released:
+            return None
+        return TokenEvent(released, self.input_tokens, self.output_tokens)
+
+    def _finish(self, reason: FinishReason, text: str) -> Generation:
+        released, found = self._scanner.add(text)
+        self._text.append(released)
+        if found is not None:
+            return self._generation("stop_sequence", found)
+        self._text.append(self._scanner.finish())
+        return self._generation(reason, None)
+
+    def _generation(self, reason: FinishReason, found: str | None) -> Generation:
+        return Generation(
+            text="".join(self._text),
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            finish_reason=reason,
+            stop_sequence=found,
+            logprobs=tuple(self._logprobs) if self._sampling.logprobs else None,
+        )

@@ -1,0 +1,57 @@
+"""What happened to jobs, in order: the outbox from which notifications are sent, and the list their owner reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from outcrop.store import tables
+from outcrop.store.rows import JobEvent, from_row
+
+_TABLE = tables.job_event
+
+
+def add_event(
+    connection: Connection,
+    job_id: str,
+    level: str,
+    type: str,
+    message: str,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Append an event, in the transaction of what it tells.
+
+    Args:
+        level: INFO, WARN or ERROR.
+    """
+    job = tables.job.c
+    owner = connection.execute(sa.select(job.account, job.region).where(job.id == job_id)).one()
+    connection.execute(
+        sa.insert(_TABLE).values(
+            account=owner.account,
+            region=owner.region,
+            job_id=job_id,
+            at=datetime.now(UTC),
+            level=level,
+            type=type,
+            message=message,
+            data=dict(data or {}),
+        )
+    )
+
+
+def list_events(
+    connection: Connection, job_id: str, *, after: int = 0, limit: int = 100
+) -> list[JobEvent]:
+    """Return a job's events whose id is greater than `after`, oldest first."""
+    query = (
+        sa.select(_TABLE)
+        .where(_TABLE.c.job_id == job_id, _TABLE.c.id > after)
+        .order_by(_TABLE.c.id)
+        .limit(limit)
+    )
+    return [from_row(JobEvent, row) for row in connection.execute(query)]

@@ -1,0 +1,401 @@
+"""Jobs: created once, claimed by one worker at a time, ended once.
+
+Every write that changes a state names the state it was decided on, and an attempt's writes name its fence: a number
+that grows with each claim. A write that finds another state or fence changes nothing and returns False. Recovery runs
+nothing: it puts the row back into the queue, so that a recovered job starts by the same claim as a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from outcrop.errors import ConflictException, ServiceQuotaExceededException
+from outcrop.store import events, models, tables, tokens
+from outcrop.store.listing import list_page
+from outcrop.store.rows import Job, JobStatus, NewCustomModel, NewJob, Page, Stage, from_row
+from outcrop.store.tokens import RequestToken
+
+_TABLE = tables.job
+_STAGE = tables.job_stage
+LIVE: tuple[JobStatus, ...] = ("queued", "running", "stopping")
+"""The statuses of a job that has not ended."""
+
+
+def create_job(
+    connection: Connection,
+    new: NewJob,
+    *,
+    token: RequestToken | None = None,
+    max_custom_models: int | None = None,
+) -> Job:
+    """Queue a job; a request that was seen before returns the job it made then.
+
+    Args:
+        max_custom_models: how many models the account may have, those being made included; None is no limit.
+    Raises:
+        ConflictException: the job's or the model's name is taken, or the token was used otherwise.
+        ServiceQuotaExceededException: there are as many models as allowed.
+    """
+    replayed = tokens.find_replay(connection, token)
+    if replayed is not None:
+        job = get_job_by_id(connection, replayed)
+        assert job is not None, "jobs are never deleted"
+        return job
+    _check_names(connection, new)
+    if max_custom_models is not None and new.model_name is not None:
+        _check_model_quota(connection, new, max_custom_models)
+    now = datetime.now(UTC)
+    values = {name: value for name, value in vars(new).items() if name != "stages"}
+    try:
+        connection.execute(
+            sa.insert(_TABLE).values(
+                **values,
+                status="queued",
+                progress={},
+                created_at=now,
+                last_modified_at=now,
+                attempts=0,
+                fence=0,
+                heartbeat=0,
+            )
+        )
+    except IntegrityError:  # two that came at once, where the database lets them
+        raise _name_in_use("job") from None
+    for position, stage in enumerate(new.stages):
+        connection.execute(
+            sa.insert(_STAGE).values(
+                account=new.account,
+                region=new.region,
+                job_id=new.id,
+                position=position,
+                stage=stage,
+                status="NotStarted",
+            )
+        )
+    tokens.remember(connection, token, new.id)
+    _event(connection, new.id, "INFO", "Queued", "The job waits for a worker.")
+    job = get_job_by_id(connection, new.id)
+    assert job is not None
+    return job
+
+
+def get_job(
+    connection: Connection, account: str, region: str, kind: str, identifier: str
+) -> Job | None:
+    """Return an account's job by ARN, name or id."""
+    columns = _TABLE.c
+    query = sa.select(_TABLE).where(
+        columns.account == account,
+        columns.region == region,
+        columns.kind == kind,
+        sa.or_(columns.arn == identifier, columns.name == identifier, columns.id == identifier),
+    )
+    # A name can look like an id; what was meant as a name wins.
+    row = connection.execute(query.order_by(columns.id == identifier)).first()
+    return None if row is None else from_row(Job, row)
+
+
+def get_job_by_id(connection: Connection, job_id: str) -> Job | None:
+    """Return any account's job."""
+    row = connection.execute(sa.select(_TABLE).where(_TABLE.c.id == job_id)).first()
+    return None if row is None else from_row(Job, row)
+
+
+def list_jobs(
+    connection: Connection,
+    account: str,
+    region: str,
+    kind: str,
+    *,
+    statuses: Sequence[JobStatus] | None = None,
+    name_contains: str | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+    ascending: bool = False,
+    limit: int = 100,
+    after: tuple[int, str] | None = None,
+) -> Page[Job]:
+    """List an account's jobs of one kind; see `list_page`."""
+    conditions = [_TABLE.c.kind == kind]
+    if statuses is not None:
+        conditions.append(_TABLE.c.status.in_(statuses))
+    return list_page(
+        connection,
+        _TABLE,
+        Job,
+        account,
+        region,
+        conditions,
+        name_contains=name_contains,
+        created_after=created_after,
+        created_before=created_before,
+        ascending=ascending,
+        limit=limit,
+        after=after,
+    )
+
+
+def stages(connection: Connection, job_id: str) -> dict[str, Stage]:
+    """Return a job's stages in order."""
+    query = sa.select(_STAGE).where(_STAGE.c.job_id == job_id).order_by(_STAGE.c.position)
+    return {row.stage: from_row(Stage, row) for row in connection.execute(query)}
+
+
+def queued_jobs(connection: Connection) -> list[Job]:
+    """Return all jobs that wait, oldest first."""
+    query = sa.select(_TABLE).where(_TABLE.c.status == "queued")
+    rows = connection.execute(query.order_by(_TABLE.c.created_at, _TABLE.c.id))
+    return [from_row(Job, row) for row in rows]
+
+
+def held_jobs(connection: Connection) -> list[Job]:
+    """Return all jobs that a worker holds."""
+    query = sa.select(_TABLE).where(_TABLE.c.status.in_(("running", "stopping")))
+    rows = connection.execute(query.order_by(_TABLE.c.created_at, _TABLE.c.id))
+    return [from_row(Job, row) for row in rows]
+
+
+def claim(connection: Connection, job: Job, worker: str) -> Job | None:
+    """Take a queued job for a worker under a new fence; None where another was faster."""
+    now = datetime.now(UTC)
+    query = (
+        sa.update(_TABLE)
+        .where(_TABLE.c.id == job.id, _TABLE.c.status == "queued", _TABLE.c.fence == job.fence)
+        .values(
+            status="running",
+            worker=worker,
+            fence=_TABLE.c.fence + 1,
+            attempts=_TABLE.c.attempts + 1,
+            heartbeat=0,
+            last_modified_at=now,
+        )
+    )
+    if connection.execute(query).rowcount != 1:
+        return None
+    claimed = get_job_by_id(connection, job.id)
+    assert claimed is not None
+    _event(
+        connection, job.id, "INFO", "Started", f"Attempt {claimed.attempts} was taken up by {worker}."
+    )
+    return claimed
+
+
+def heartbeat(connection: Connection, job_id: str, fence: int) -> JobStatus | None:
+    """Say that the holder lives. Returns the job's status, or None where the lease is lost."""
+    query = sa.update(_TABLE).where(*_held(job_id, fence)).values(heartbeat=_TABLE.c.heartbeat + 1)
+    if connection.execute(query).rowcount != 1:
+        return None
+    found: JobStatus | None = connection.execute(
+        sa.select(_TABLE.c.status).where(_TABLE.c.id == job_id)
+    ).scalar()
+    return found
+
+
+def request_stop(connection: Connection, job_id: str) -> bool:
+    """Ask a job to stop: a queued one ends at once. False where it has ended or is stopping."""
+    now = datetime.now(UTC)
+    if _move(connection, job_id, "queued", status="stopped", ended_at=now, last_modified_at=now):
+        _set_live_stages(connection, job_id, "Stopped")
+        _event(connection, job_id, "INFO", "Stopped", "Stopped before it was taken up.")
+        return True
+    if _move(connection, job_id, "running", status="stopping", last_modified_at=now):
+        _set_live_stages(connection, job_id, "Stopping")
+        _event(connection, job_id, "INFO", "Stopping", "The job's owner asked it to stop.")
+        return True
+    return False
+
+
+def requeue(connection: Connection, job_id: str, fence: int, reason: str) -> bool:
+    """Give a held job back to the queue under the same fence; one that was stopping ends as stopped."""
+    if end_stopped(connection, job_id, fence):
+        return True
+    query = (
+        sa.update(_TABLE)
+        .where(*_held(job_id, fence))
+        .values(status="queued", worker=None, last_modified_at=datetime.now(UTC))
+    )
+    if connection.execute(query).rowcount != 1:
+        return False
+    _event(connection, job_id, "WARN", "Requeued", reason)
+    return True
+
+
+def release_worker(connection: Connection, worker: str | None = None) -> int:
+    """Give back the jobs of a worker that is known to have ended; None means of every worker.
+
+    Returns how many there were.
+    """
+    held = [job for job in held_jobs(connection) if worker in (None, job.worker)]
+    reason = "The worker that held the job has ended."
+    return sum(requeue(connection, job.id, job.fence, reason) for job in held)
+
+
+def advance_stage(
+    connection: Connection, job_id: str, fence: int, stage: str, status: str
+) -> bool:
+    """Move a stage on. False where the lease is lost."""
+    if not _is_held(connection, job_id, fence):
+        return False
+    now = datetime.now(UTC)
+    values: dict[str, Any] = {"status": status, "last_modified_at": now}
+    mine = (_STAGE.c.job_id == job_id, _STAGE.c.stage == stage)
+    begun = connection.execute(sa.select(_STAGE.c.created_at).where(*mine)).scalar()
+    if begun is None:
+        values["created_at"] = now
+    connection.execute(sa.update(_STAGE).where(*mine).values(**values))
+    connection.execute(
+        sa.update(_TABLE).where(_TABLE.c.id == job_id).values(last_modified_at=now)
+    )
+    _event(connection, job_id, "INFO", f"{stage}:{status}", f"Stage {stage} is {status}.")
+    return True
+
+
+def record_progress(
+    connection: Connection, job_id: str, fence: int, progress: dict[str, Any]
+) -> bool:
+    """Write what an attempt reports. False where the lease is lost."""
+    query = (
+        sa.update(_TABLE)
+        .where(*_held(job_id, fence))
+        .values(progress=progress, last_modified_at=datetime.now(UTC))
+    )
+    return connection.execute(query).rowcount == 1
+
+
+def complete_job(
+    connection: Connection,
+    job_id: str,
+    fence: int,
+    *,
+    result: dict[str, Any],
+    model: NewCustomModel,
+) -> bool:
+    """End a job with its model: in this one transaction, so that neither is ever without the other.
+
+    False where the lease is lost or the job was asked to stop.
+    """
+    now = datetime.now(UTC)
+    query = (
+        sa.update(_TABLE)
+        .where(_TABLE.c.id == job_id, _TABLE.c.fence == fence, _TABLE.c.status == "running")
+        .values(status="completed", result=result, ended_at=now, last_modified_at=now)
+    )
+    if connection.execute(query).rowcount != 1:
+        return False
+    models.insert_model(connection, model)
+    _set_live_stages(connection, job_id, "Completed")
+    _event(connection, job_id, "INFO", "Completed", f"The model {model.name} was published.")
+    return True
+
+
+def fail_job(connection: Connection, job_id: str, fence: int, message: str) -> bool:
+    """End a held job as failed; one that was stopping ends as stopped. False where the lease is lost."""
+    if end_stopped(connection, job_id, fence):
+        return True
+    now = datetime.now(UTC)
+    query = (
+        sa.update(_TABLE)
+        .where(*_held(job_id, fence))
+        .values(status="failed", failure_message=message, ended_at=now, last_modified_at=now)
+    )
+    if connection.execute(query).rowcount != 1:
+        return False
+    _set_live_stages(connection, job_id, "Failed")
+    _event(connection, job_id, "ERROR", "Failed", message)
+    return True
+
+
+def end_stopped(connection: Connection, job_id: str, fence: int) -> bool:
+    """End a job that was asked to stop. False where it was not, or the lease is lost."""
+    now = datetime.now(UTC)
+    query = (
+        sa.update(_TABLE)
+        .where(_TABLE.c.id == job_id, _TABLE.c.fence == fence, _TABLE.c.status == "stopping")
+        .values(status="stopped", ended_at=now, last_modified_at=now)
+    )
+    if connection.execute(query).rowcount != 1:
+        return False
+    _set_live_stages(connection, job_id, "Stopped")
+    _event(connection, job_id, "INFO", "Stopped", "The job was stopped by its owner.")
+    return True
+
+
+def _held(job_id: str, fence: int) -> tuple[sa.ColumnElement[bool], ...]:
+    columns = _TABLE.c
+    return (
+        columns.id == job_id,
+        columns.fence == fence,
+        columns.status.in_(("running", "stopping")),
+    )
+
+
+def _is_held(connection: Connection, job_id: str, fence: int) -> bool:
+    query = sa.select(_TABLE.c.id).where(*_held(job_id, fence))
+    return connection.execute(query).first() is not None
+
+
+def _move(connection: Connection, job_id: str, from_status: JobStatus, **values: Any) -> bool:
+    query = sa.update(_TABLE).where(_TABLE.c.id == job_id, _TABLE.c.status == from_status)
+    return connection.execute(query.values(**values)).rowcount == 1
+
+
+def _set_live_stages(connection: Connection, job_id: str, status: str) -> None:
+    """Carry the job's own end over to the stages that are under way."""
+    connection.execute(
+        sa.update(_STAGE)
+        .where(_STAGE.c.job_id == job_id, _STAGE.c.status.in_(("InProgress", "Stopping")))
+        .values(status=status, last_modified_at=datetime.now(UTC))
+    )
+
+
+
+
+def _check_names(connection: Connection, new: NewJob) -> None:
+    columns = _TABLE.c
+    mine = (columns.account == new.account, columns.region == new.region)
+    same = sa.select(columns.id).where(*mine, columns.kind == new.kind, columns.name == new.name)
+    if connection.execute(same).first() is not None:
+        raise _name_in_use("job")
+    if new.model_name is None:
+        return
+    being_made = sa.select(columns.id).where(
+        *mine, columns.model_name == new.model_name, columns.status.in_(LIVE)
+    )
+    if (
+        connection.execute(being_made).first() is not None
+        or models.get_model(connection, new.account, new.region, new.model_name) is not None
+    ):
+        raise _name_in_use("model")
+
+
+def _name_in_use(what: str) -> ConflictException:
+    # At least one widely used client tries again with a new name on exactly this text.
+    return ConflictException(f"The provided {what} name is currently in use.")
+
+
+def _check_model_quota(connection: Connection, new: NewJob, limit: int) -> None:
+    columns = _TABLE.c
+    live = sa.select(sa.func.count()).where(
+        columns.account == new.account,
+        columns.region == new.region,
+        columns.model_name.is_not(None),
+        columns.status.in_(LIVE),
+    )
+    count = models.count_models(connection, new.account, new.region) + int(
+        connection.execute(live).scalar_one()
+    )
+    if count >= limit:
+        raise ServiceQuotaExceededException(
+            f"The account has {count} custom models, those being trained included; {limit} are "
+            "allowed. Delete one, or raise the setting max_custom_models."
+        )
+
+
+def _event(connection: Connection, job_id: str, level: str, type: str, message: str) -> None:
+    events.add_event(connection, job_id, level, type, message)

@@ -1,0 +1,208 @@
+"""One frozen dataclass a table: what other rooms see of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+import sqlalchemy as sa
+
+JobStatus = Literal["queued", "running", "stopping", "completed", "failed", "stopped"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job to be queued."""
+
+    id: str
+    account: str
+    region: str
+    kind: str
+    """What it does: "customization"."""
+    arn: str
+    name: str
+    owner_principal: str
+    """ARN of who created it."""
+    spec: dict[str, Any]
+    """What is to be done, as its kind understands it."""
+    stages: tuple[str, ...]
+    """Names of its stages in order."""
+    cores: int
+    memory_bytes: int
+    model_name: str | None = None
+    """Name of the model it will make."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it stands."""
+
+    id: str
+    account: str
+    region: str
+    kind: str
+    arn: str
+    name: str
+    status: JobStatus
+    owner_principal: str
+    spec: dict[str, Any]
+    model_name: str | None
+    result: dict[str, Any] | None
+    """What came of it, once it is completed."""
+    failure_message: str | None
+    progress: dict[str, Any]
+    """What its attempt last reported."""
+    created_at: datetime
+    last_modified_at: datetime
+    ended_at: datetime | None
+    attempts: int
+    """How often a worker has claimed it."""
+    worker: str | None
+    fence: int
+    """Grows with every claim; writes of an older claim change nothing."""
+    heartbeat: int
+    """Grows while its holder lives."""
+    cores: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a job, as statusDetails shows it."""
+
+    status: str
+    created_at: datetime | None
+    last_modified_at: datetime | None
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """Something that happened to a job."""
+
+    id: int
+    at: datetime
+    level: str
+    type: str
+    message: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NewCustomModel:
+    """A model to be published."""
+
+    id: str
+    account: str
+    region: str
+    arn: str
+    name: str
+    base_model_id: str
+    base_model_arn: str
+    foundation_model_arn: str
+    customization_type: str
+    hyper_parameters: dict[str, str]
+    spec: dict[str, Any]
+    metrics: dict[str, Any]
+    artifact_path: str
+    """Folder, relative to the data directory."""
+    artifact_digest: str
+    job_arn: str | None = None
+    job_name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CustomModel:
+    """A custom model."""
+
+    id: str
+    account: str
+    region: str
+    arn: str
+    name: str
+    job_arn: str | None
+    job_name: str | None
+    base_model_id: str
+    base_model_arn: str
+    foundation_model_arn: str
+    customization_type: str
+    hyper_parameters: dict[str, str]
+    spec: dict[str, Any]
+    metrics: dict[str, Any]
+    artifact_path: str
+    artifact_digest: str
+    status: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class NewProvisionedModel:
+    """A throughput to be created."""
+
+    id: str
+    account: str
+    region: str
+    arn: str
+    name: str
+    weights: str
+    """Key of the base weights that serve it."""
+    model_arn: str
+    foundation_model_arn: str
+    model_units: int
+    commitment: str | None = None
+    commitment_expires_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class ProvisionedModel:
+    """A provisioned throughput."""
+
+    id: str
+    account: str
+    region: str
+    arn: str
+    name: str
+    weights: str
+    model_arn: str
+    desired_model_arn: str
+    foundation_model_arn: str
+    model_units: int
+    desired_model_units: int
+    status: str
+    """Creating, InService, Updating or Failed."""
+    commitment: str | None
+    commitment_expires_at: datetime | None
+    failure_message: str | None
+    created_at: datetime
+    last_modified_at: datetime
+
+
+@dataclass(frozen=True)
+class ModelServer:
+    """A model server that somebody wants, or that runs."""
+
+    key: str
+    state: str
+    """wanted, starting, ready or failed."""
+    address: str | None
+    pid: int | None
+    error: str | None
+    wanted_at: datetime
+    last_used_at: datetime
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """Part of a list."""
+
+    items: Sequence[T]
+    next: tuple[int, str] | None
+    """Where the next page begins; None at the end."""
+
+
+def from_row(cls: type[T], row: sa.Row[Any]) -> T:
+    """Build a dataclass from the columns of the same names."""
+    return cls(**{item.name: getattr(row, item.name) for item in fields(cls)})  # type: ignore[arg-type]

@@ -1,0 +1,254 @@
+"""Every table. Account and region are in each of them and in every unique key.
+
+Instants are stored as integers, microseconds since 1970 in UTC: they sort, compare and index alike in every database.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.types import TypeDecorator
+
+GLOBAL_REGION = "aws-global"
+"""The region of identities, which belong to an account in all regions."""
+SERVICE_ACCOUNT = "service"
+"""The account of rows that belong to the service itself."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def to_microseconds(instant: datetime) -> int:
+    """Return an aware instant as it is stored."""
+    return (instant - _EPOCH) // _MICROSECOND
+
+
+class Instant(TypeDecorator[datetime]):
+    """An aware UTC datetime in Python, microseconds since 1970 in the database."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> int | None:
+        """Store an instant; a naive datetime is a mistake of the caller."""
+        if value is None:
+            return None
+        assert value.tzinfo is not None, "an instant must be aware of its time zone"
+        return to_microseconds(value)
+
+    def process_result_value(self, value: int | None, dialect: Any) -> datetime | None:
+        """Read an instant."""
+        return None if value is None else _EPOCH + value * _MICROSECOND
+
+
+metadata = sa.MetaData()
+
+
+def _scope() -> tuple[sa.Column[str], sa.Column[str]]:
+    return (
+        sa.Column("account", sa.String(12), nullable=False),
+        sa.Column("region", sa.String(32), nullable=False),
+    )
+
+
+def _required(name: str, kind: Any, **options: Any) -> sa.Column[Any]:
+    return sa.Column(name, kind, nullable=False, **options)
+
+
+schema_version = sa.Table(
+    "schema_version",
+    metadata,
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False),
+    _required("applied_at", Instant),
+)
+
+iam_user = sa.Table(
+    "iam_user",
+    metadata,
+    *_scope(),
+    _required("name", sa.String(64)),
+    _required("created_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "name"),
+)
+
+access_key = sa.Table(
+    "access_key",
+    metadata,
+    *_scope(),
+    # An id names its account, so it must be unique over all of them.
+    _required("access_key_id", sa.String(128), unique=True),
+    _required("secret", sa.String(128)),
+    _required("user_name", sa.String(64)),
+    _required("active", sa.Boolean),
+    _required("created_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "access_key_id"),
+)
+
+iam_role = sa.Table(
+    "iam_role",
+    metadata,
+    *_scope(),
+    _required("name", sa.String(576)),
+    _required("trust_policy", sa.Text),
+    _required("created_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "name"),
+)
+
+iam_policy = sa.Table(
+    "iam_policy",
+    metadata,
+    *_scope(),
+    _required("owner_kind", sa.String(8)),
+    _required("owner_name", sa.String(576)),
+    _required("name", sa.String(128)),
+    _required("document", sa.Text),
+    sa.PrimaryKeyConstraint("account", "region", "owner_kind", "owner_name", "name"),
+)
+
+job = sa.Table(
+    "job",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    *_scope(),
+    _required("kind", sa.String(32)),
+    _required("arn", sa.String(1011)),
+    _required("name", sa.String(63)),
+    _required("status", sa.String(16)),
+    _required("owner_principal", sa.String(2048)),
+    _required("spec", sa.JSON),
+    sa.Column("model_name", sa.String(63)),
+    sa.Column("result", sa.JSON),
+    sa.Column("failure_message", sa.Text),
+    _required("progress", sa.JSON),
+    _required("created_at", Instant),
+    _required("last_modified_at", Instant),
+    sa.Column("ended_at", Instant),
+    # The queue: who holds the job, under which fence, and whether the holder still lives.
+    _required("attempts", sa.Integer, default=0),
+    sa.Column("worker", sa.String(128)),
+    _required("fence", sa.Integer, default=0),
+    _required("heartbeat", sa.BigInteger, default=0),
+    _required("cores", sa.Integer),
+    _required("memory_bytes", sa.BigInteger),
+    sa.UniqueConstraint("account", "region", "kind", "name"),
+    sa.UniqueConstraint("account", "region", "arn"),
+    sa.Index("job_queue", "status", "created_at"),
+    sa.Index("job_list", "account", "region", "kind", "created_at", "id"),
+)
+
+job_stage = sa.Table(
+    "job_stage",
+    metadata,
+    *_scope(),
+    _required("job_id", sa.String(12)),
+    _required("position", sa.Integer),
+    _required("stage", sa.String(32)),
+    _required("status", sa.String(16)),
+    sa.Column("created_at", Instant),
+    sa.Column("last_modified_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "job_id", "stage"),
+    sa.Index("job_stage_job", "job_id"),
+)
+
+job_event = sa.Table(
+    "job_event",
+    metadata,
+    sa.Column(
+        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True
+    ),
+    *_scope(),
+    _required("job_id", sa.String(12)),
+    _required("at", Instant),
+    _required("level", sa.String(8)),
+    _required("type", sa.String(64)),
+    _required("message", sa.Text),
+    _required("data", sa.JSON),
+    sa.Index("job_event_job", "job_id", "id"),
+)
+
+custom_model = sa.Table(
+    "custom_model",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    *_scope(),
+    _required("arn", sa.String(1011)),
+    _required("name", sa.String(63)),
+    sa.Column("job_arn", sa.String(1011)),
+    sa.Column("job_name", sa.String(63)),
+    _required("base_model_id", sa.String(140)),
+    _required("base_model_arn", sa.String(1011)),
+    _required("foundation_model_arn", sa.String(1011)),
+    _required("customization_type", sa.String(32)),
+    _required("hyper_parameters", sa.JSON),
+    _required("spec", sa.JSON),
+    _required("metrics", sa.JSON),
+    _required("artifact_path", sa.String(1024)),
+    _required("artifact_digest", sa.String(64)),
+    _required("status", sa.String(16)),
+    _required("created_at", Instant),
+    sa.UniqueConstraint("account", "region", "name"),
+    sa.UniqueConstraint("account", "region", "arn"),
+    sa.Index("custom_model_list", "account", "region", "created_at", "id"),
+)
+
+throughput = sa.Table(
+    "throughput",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    *_scope(),
+    _required("arn", sa.String(1011)),
+    _required("name", sa.String(63)),
+    _required("weights", sa.String(128)),
+    _required("model_arn", sa.String(1011)),
+    _required("desired_model_arn", sa.String(1011)),
+    _required("foundation_model_arn", sa.String(1011)),
+    _required("model_units", sa.Integer),
+    _required("desired_model_units", sa.Integer),
+    _required("status", sa.String(16)),
+    sa.Column("commitment", sa.String(16)),
+    sa.Column("commitment_expires_at", Instant),
+    sa.Column("failure_message", sa.Text),
+    _required("created_at", Instant),
+    _required("last_modified_at", Instant),
+    sa.UniqueConstraint("account", "region", "name"),
+    sa.UniqueConstraint("account", "region", "arn"),
+    sa.Index("throughput_list", "account", "region", "created_at", "id"),
+)
+
+tag = sa.Table(
+    "tag",
+    metadata,
+    *_scope(),
+    _required("resource_arn", sa.String(1011)),
+    _required("key", sa.String(128)),
+    _required("value", sa.String(256)),
+    sa.PrimaryKeyConstraint("account", "region", "resource_arn", "key"),
+)
+
+request_token = sa.Table(
+    "request_token",
+    metadata,
+    *_scope(),
+    _required("operation", sa.String(128)),
+    _required("token", sa.String(256)),
+    _required("digest", sa.String(64)),
+    _required("resource_id", sa.String(12)),
+    _required("created_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "operation", "token"),
+)
+
+model_server = sa.Table(
+    "model_server",
+    metadata,
+    *_scope(),
+    _required("key", sa.String(128)),
+    _required("state", sa.String(16)),
+    sa.Column("address", sa.String(1024)),
+    sa.Column("pid", sa.Integer),
+    sa.Column("error", sa.Text),
+    _required("wanted_at", Instant),
+    _required("last_used_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "key"),
+)
