@@ -50,7 +50,7 @@ def main() -> None:
     run.add_argument("--work", type=Path, required=True)
     run.add_argument("--sets", nargs="+", default=SETS)
     run.add_argument("--rates", nargs="+", type=float, default=RATES)
-    run.add_argument("--method", choices=("lora", "full"), default="lora")
+    run.add_argument("--method", choices=("adapter", "full"), default="adapter")
     run.add_argument("--rank", type=int, default=16)
     run.add_argument("--alpha", type=float, default=32.0)
     run.add_argument("--records", type=int, default=400)
@@ -149,7 +149,7 @@ def answer_scores(
 ) -> dict[str, Any]:
     """Answer some validation records greedily and compare with the completions."""
     rows = validation[: arguments.answers]
-    if arguments.method == "lora":
+    if arguments.method == "adapter":
         model = load_base(arguments.weights)
         set_adapter(model, load_adapter(artifact))
     else:

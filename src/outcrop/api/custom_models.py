@@ -85,7 +85,7 @@ def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Delete a custom model that nothing uses; the base model is not touched."""
     with transaction(context.services.engine) as connection:
         model = find_model(connection, context, params["modelIdentifier"], "DeleteCustomModel")
-        models.delete_model(connection, model.id)
+        models.delete_model(connection, model)
     # After the commit: if this process dies here, `outcrop gc` finds the files.
     folder = context.services.settings.data_dir / model.artifact_path
     shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from outcrop.jobs.places import (
     place,
 )
 from outcrop.jobs.queue import job_needs
-from outcrop.jobs.states import wire_status
+from outcrop.jobs.states import statuses_of, wire_status
 from outcrop.models.catalog import BaseModel
 from outcrop.store import jobs, models, tags
 from outcrop.store.database import transaction
@@ -120,7 +120,7 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             context.account,
             context.region,
             KIND,
-            status=params.get("statusEquals"),
+            statuses=statuses_of(params["statusEquals"]) if "statusEquals" in params else None,
             name_contains=params.get("nameContains"),
             created_after=params.get("creationTimeAfter"),
             created_before=params.get("creationTimeBefore"),

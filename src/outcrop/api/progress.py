@@ -7,15 +7,16 @@ from typing import Any
 from outcrop.api.context import RequestContext
 from outcrop.api.customization_jobs import find_job
 from outcrop.api.paging import make_token, page_size, read_token
+from outcrop.jobs import queue
 from outcrop.jobs.states import wire_status
-from outcrop.store import jobs
+from outcrop.store import events
 
 
 def get_job_progress(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Say where a job stands: its place in the queue, or its stage, step, losses and time left."""
     with context.services.engine.connect() as connection:
         job = find_job(connection, context, params["jobIdentifier"], "GetModelCustomizationJob")
-        position = jobs.queue_position(connection, job.id)
+        position = queue.queue_position(connection, job.id)
     return {
         "jobArn": job.arn,
         "status": wire_status(job.status),
@@ -32,7 +33,7 @@ def list_job_events(context: RequestContext, params: dict[str, Any]) -> dict[str
     limit = page_size(params)
     with context.services.engine.connect() as connection:
         job = find_job(connection, context, params["jobIdentifier"], "GetModelCustomizationJob")
-        events = jobs.list_events(
+        found = events.list_events(
             connection, job.id, after=position[0] if position else 0, limit=limit + 1
         )
     answer: dict[str, Any] = {
@@ -45,9 +46,9 @@ def list_job_events(context: RequestContext, params: dict[str, Any]) -> dict[str
                 "message": event.message,
                 "data": {name: str(value) for name, value in event.data.items()},
             }
-            for event in events[:limit]
+            for event in found[:limit]
         ]
     }
-    if len(events) > limit:
-        answer["nextToken"] = make_token(context, params, (events[limit - 1].id, job.id))
+    if len(found) > limit:
+        answer["nextToken"] = make_token(context, params, (found[limit - 1].id, job.id))
     return answer

@@ -7,9 +7,10 @@ loaded, and passes the request on. Weights and tokens are the server's business.
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -36,6 +37,11 @@ FIRST_LOOK_SECONDS = 0.02
 LONGEST_LOOK_SECONDS = 0.25
 TOUCH_SECONDS = 5.0
 """How exact a model server's last use is recorded: one write each so many seconds is enough."""
+
+RETRY_SECONDS = 10.0
+"""After a model server could not be started, requests are refused for so long before it is tried again."""
+
+T = TypeVar("T")
 
 _touched: dict[str, float] = {}
 
@@ -78,8 +84,10 @@ async def count_tokens(context: RequestContext, params: dict[str, Any]) -> Outpu
     if "invokeModel" not in source:
         raise ValidationException("input.converse is not offered yet. Give input.invokeModel.")
     native = parse_body(target.base, source["invokeModel"]["body"])
-    client = await _ready_client(context, target.base.weights)
-    return Output({"inputTokens": await client.count(native.messages)})
+    count = await _with_server(
+        context, target.base.weights, lambda client: client.count(native.messages)
+    )
+    return Output({"inputTokens": count})
 
 
 async def generate(
@@ -90,27 +98,42 @@ async def generate(
     Raises:
         ModelNotReadyException: the server was not up in time; botocore asks again by itself.
         ModelTimeoutException: the answer took longer than `invoke_timeout_seconds`.
-        ModelErrorException: the server ended while it answered.
+        ModelErrorException: the server ended while it answered, or cannot be started.
     """
-    client = await _ready_client(context, target.base.weights)
     request = GenerationRequest(
         messages=native.messages,
         sampling=native.sampling,
         adapter=str(target.artifact) if target.artifact else None,
     )
-    seconds = context.services.settings.invoke_timeout_seconds
-    try:
-        with anyio.fail_after(seconds):
-            return [await client.generate(request) for _ in range(native.num_generations)]
-    except TimeoutError:
-        raise ModelTimeoutException(
-            f"The model did not answer within {seconds} s. Ask for fewer tokens, or raise "
-            "invoke_timeout_seconds."
-        ) from None
-    except ServingError as error:
-        raise ModelErrorException(
-            f"The model server ended while it answered: {error}. Try again."
-        ) from error
+
+    async def ask(client: ModelClient) -> list[Generation]:
+        return [await client.generate(request) for _ in range(native.num_generations)]
+
+    return await _with_server(context, target.base.weights, ask)
+
+
+async def _with_server(
+    context: RequestContext, weights: str, ask: Callable[[ModelClient], Awaitable[T]]
+) -> T:
+    """Ask the weights' model server, which is started where it does not run.
+
+    A server that was ended between the look at its row and the request (it was idle, or it crashed) has done
+    nothing yet, so the request waits for the next one.
+    """
+    settings = context.services.settings
+    deadline = time.monotonic() + settings.model_start_seconds
+    while True:
+        client = await _ready_client(context, weights, deadline)
+        try:
+            with anyio.fail_after(settings.invoke_timeout_seconds):
+                return await ask(client)
+        except TimeoutError:
+            raise ModelTimeoutException(
+                f"The model did not answer within {settings.invoke_timeout_seconds} s. Ask for fewer "
+                "tokens, or raise invoke_timeout_seconds."
+            ) from None
+        except ServingError:
+            await anyio.sleep(LONGEST_LOOK_SECONDS)
 
 
 def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
@@ -180,9 +203,9 @@ def _provisioned(
     return Target(throughput.arn, base, artifact)
 
 
-async def _ready_client(context: RequestContext, weights: str) -> ModelClient:
-    """Return a client of the weights' model server, which is started if it does not run."""
-    deadline = time.monotonic() + context.services.settings.model_start_seconds
+async def _ready_client(
+    context: RequestContext, weights: str, deadline: float
+) -> ModelClient:
     pause = FIRST_LOOK_SECONDS
     while True:
         client = await anyio.to_thread.run_sync(_look_for_server, context, weights)
@@ -200,7 +223,14 @@ def _look_for_server(context: RequestContext, weights: str) -> ModelClient | Non
     engine = context.services.engine
     with engine.connect() as connection:
         row = servers.get(connection, weights)
-    if row is None or row.state == "failed":
+    if row is not None and row.state == "failed":
+        if servers.idle_seconds(row) < RETRY_SECONDS:
+            raise ModelErrorException(
+                f"The model server could not be started: {row.error}. Its log in the data directory has "
+                "the reason."
+            )
+        row = None
+    if row is None:
         with transaction(engine) as connection:
             servers.want(connection, weights)
         return None

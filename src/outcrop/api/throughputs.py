@@ -108,7 +108,7 @@ def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         found = find_throughput(
             connection, context, params["provisionedModelId"], "DeleteProvisionedModelThroughput"
         )
-        throughputs.delete_throughput(connection, found.id, now=datetime.now(UTC))
+        throughputs.delete_throughput(connection, found, now=datetime.now(UTC))
     return {}
 
 

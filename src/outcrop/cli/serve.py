@@ -26,6 +26,7 @@ from outcrop.settings import Settings, child_environment
 from outcrop.store import jobs, servers, throughputs
 from outcrop.store.database import connect, migrate, transaction
 from outcrop.store.lock import lock_data_dir
+from outcrop.store.rows import ModelServer
 
 logger = logging.getLogger("outcrop.serve")
 
@@ -82,7 +83,7 @@ class _Service:
         """Start everything but the model servers, and wait until all of it answers."""
         with transaction(self.engine) as connection:
             # This process holds the lock, so no worker or model server of an earlier one can live.
-            jobs.release_all_workers(connection)
+            jobs.release_worker(connection)
             servers.forget_all(connection)
         embedded_store = not self.settings.s3_endpoint_url
         if embedded_store:
@@ -106,6 +107,9 @@ class _Service:
         self._looked_at = now
         with self.engine.connect() as connection:
             rows = servers.list_servers(connection)
+            waiting = throughputs.weights_being_created(connection)
+        for key in waiting:
+            self._serve_throughputs(key, next((row for row in rows if row.key == key), None))
         for row in rows:
             status = self.supervisor.status(_server_name(row.key))
             if status is None and row.state == "wanted":
@@ -120,6 +124,14 @@ class _Service:
                     servers.remove(connection, row.key)
                 self.supervisor.remove(status.name)
         return False
+
+    def _serve_throughputs(self, key: str, row: ModelServer | None) -> None:
+        """Put waiting throughputs into service where their server is up, else ask for it."""
+        with transaction(self.engine) as connection:
+            if row is not None and row.state == "ready":
+                throughputs.mark_in_service(connection, key)
+            elif row is None:
+                servers.want(connection, key)
 
     def _start_server(self, key: str) -> None:
         self._number += 1

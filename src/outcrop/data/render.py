@@ -244,9 +244,7 @@ class Renderer:
         return text
 
     def _render_raw(self, roles: tuple[str, ...], *, opened: bool = False) -> str:
-        messages = [
-            {"role": role, "content": _mark(index)} for index, role in enumerate(roles)
-        ]
+        messages = [{"role": role, "content": _mark(index)} for index, role in enumerate(roles)]
         try:
             return self._template.render(
                 messages=messages,

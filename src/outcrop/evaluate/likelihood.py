@@ -126,11 +126,7 @@ def token_losses(
     input_ids_BT = torch.tensor([batch.input_ids], device=device)
     position_ids_BT = torch.tensor([batch.position_ids], device=device)
     # A token is predicted one place earlier; pack() gives a record's first token no label.
-    places = [
-        place
-        for place, label in enumerate(batch.labels)
-        if label != IGNORE_INDEX
-    ]
+    places = [place for place, label in enumerate(batch.labels) if label != IGNORE_INDEX]
     if not places:
         return torch.zeros(0, device=device)
     hidden_TD = model.model(

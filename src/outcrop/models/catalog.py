@@ -109,8 +109,8 @@ class BaseModel:
     """Key of the weights, for `models/weights.py`. Models with the same key share them."""
     context_tokens: int
     """What the real model was made for, prompt and answer together."""
-    max_output_tokens: int
-    """Tokens one invocation may ask for: the lesser of Bedrock's limit and the real model's."""
+    bedrock_output_tokens: int
+    """Tokens one invocation may ask for at Bedrock."""
     data_formats: tuple[str, ...]
     """"prompt-completion", "conversation", "claude-messages"."""
     customizations: tuple[str, ...]
@@ -132,6 +132,11 @@ class BaseModel:
     def ids(self) -> tuple[str, ...]:
         """Every id it answers to, each once."""
         return tuple(dict.fromkeys((self.model_id, self.customization_id, *self.aliases)))
+
+    @property
+    def max_output_tokens(self) -> int:
+        """Tokens one invocation may ask for: the lesser of Bedrock's limit and the context."""
+        return min(self.bedrock_output_tokens, self.context_tokens)
 
     def token_limit(self, batch_size: int) -> TokenLimit | None:
         """Return the limit at a batch size; None where Bedrock documents none."""
@@ -221,7 +226,7 @@ def _family(
             origin=real["origin"],
             weights=table["weights"],
             context_tokens=real["context_tokens"],
-            max_output_tokens=min(entry["max_output_tokens"], real["context_tokens"]),
+            bedrock_output_tokens=entry["max_output_tokens"],
             data_formats=tuple(table["data_formats"]),
             customizations=tuple(table["customizations"]),
             hyper_parameters=tuple(_hyper_parameters(table, entry)),
@@ -252,7 +257,7 @@ def _operator_model(entry: OperatorEntry, models: Mapping[str, BaseModel]) -> Ba
             model for model in shipped_models() if model.family == table["family"]
         )
         context = int(table["context_tokens"])
-        real = {
+        real: dict[str, Any] = {
             name: str(table[name])
             for name in (
                 "model_name",
@@ -273,15 +278,4 @@ def _operator_model(entry: OperatorEntry, models: Mapping[str, BaseModel]) -> Ba
         ) from None
     if model_id not in models:
         like = replace(like, model_id=model_id, customization_id=model_id, aliases=())
-    return replace(
-        like,
-        **real,
-        weights=entry.key,
-        context_tokens=context,
-        max_output_tokens=min(_bedrock_output_tokens(like), context),
-    )
-
-
-def _bedrock_output_tokens(like: BaseModel) -> int:
-    """Return the limit before the shipped model's own context was taken into account."""
-    return like.max_output_tokens
+    return replace(like, **real, weights=entry.key, context_tokens=context)

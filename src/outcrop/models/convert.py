@@ -116,8 +116,8 @@ def _refuse_unknown(file: Path, header: Mapping[str, Any]) -> None:
     for key, value in known.items():
         if header.get(key) != value:
             raise ModelError(
-                f"{file} has {key} = {header.get(key)!r}. Only {value!r} is converted here; add the "
-                "model as a folder in Hugging Face's layout instead."
+                f"{file} has {key} = {header.get(key)!r}. Only {value!r} is converted here; add "
+                "the model as a folder in Hugging Face's layout instead."
             )
 
 
@@ -284,9 +284,7 @@ def _tokenizer(header: Mapping[str, Any]) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {
-                token: place for place, token in enumerate(header["tokenizer.ggml.tokens"])
-            },
+            "vocab": {token: place for place, token in enumerate(header["tokenizer.ggml.tokens"])},
             "merges": [merge.split(" ") for merge in header["tokenizer.ggml.merges"]],
         },
     }

@@ -93,6 +93,18 @@ def operator_entries(settings: Settings) -> Iterator[OperatorEntry]:
             raise ModelError(f"{file} cannot be read as TOML: {error}") from error
 
 
+def operator_entry(settings: Settings, key: str) -> OperatorEntry:
+    """Return an entry that has the weights `key`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for entry in operator_entries(settings):
+        if entry.key == key:
+            return entry
+    raise ModelError(f"No model of the catalogue has the weights {key}.")
+
+
 def check_folder(folder: Path) -> list[Path]:
     """Check that a folder holds a model that can be used without running anything in it.
 
@@ -124,7 +136,7 @@ def check_folder(folder: Path) -> list[Path]:
 
 
 def folder_digest(files: list[Path]) -> str:
-    """Return one SHA-256 for the weights: the file's own, or that of the list of names and digests."""
+    """Return one SHA-256 for the weights: the file's own, or that of the list of all files'."""
     digests = []
     for file in files:
         with file.open("rb") as stream:
@@ -140,14 +152,12 @@ def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise ModelError(
-            f"{folder} holds {', '.join(pickles)}. Such files can run code when they are read; only "
-            "safetensors are used here. Take them out of the folder."
+            f"{folder} holds {', '.join(pickles)}. Such files can run code when they are read; "
+            "only safetensors are used here. Take them out of the folder."
         )
     code = [name for name in names if name.endswith(".py")]
     tokenizer = folder / "tokenizer_config.json"
-    mapped = "auto_map" in config or (
-        tokenizer.is_file() and "auto_map" in _read_config(tokenizer)
-    )
+    mapped = "auto_map" in config or (tokenizer.is_file() and "auto_map" in _read_config(tokenizer))
     if code or mapped:
         shown = ", ".join(code) or "auto_map in its configuration"
         raise ModelError(f"{folder} brings code of its own ({shown}), which is never run here.")
@@ -162,7 +172,9 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     for file in files:
         if file.parent != folder or not file.is_file():
-            raise ModelError(f"{folder} has no {file.name}. Weights are read from safetensors only.")
+            raise ModelError(
+                f"{folder} has no {file.name}. Weights are read from safetensors only."
+            )
         _check_safetensors(file)
     if not files:
         raise ModelError(f"{index} names no files.")

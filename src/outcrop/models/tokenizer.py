@@ -116,9 +116,7 @@ class IncrementalDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """Take in more ids and return the text that is certain by now, perhaps ""."""
-        self._held.extend(
-            token for token in ids if token not in self._tokenizer.special_token_ids
-        )
+        self._held.extend(token for token in ids if token not in self._tokenizer.special_token_ids)
         text = self._text(self._held)
         if not text.endswith(REPLACEMENT):
             return self._let_go(len(self._held), text)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from outcrop.errors import ModelError
-from outcrop.models.operator import operator_entries
+from outcrop.models.operator import operator_entry
 from outcrop.settings import Settings
 
 SHIPPED_KEY = "smollm2-135m-instruct"
@@ -40,10 +40,7 @@ def weights_folder(settings: Settings, key: str) -> Path:
     """
     if key == SHIPPED_KEY:
         return settings.data_dir / "models" / "base" / key
-    for entry in operator_entries(settings):
-        if entry.key == key:
-            return entry.folder
-    raise ModelError(f"No model of the catalogue has the weights {key}.")
+    return operator_entry(settings, key).folder
 
 
 def ensure_weights(settings: Settings, key: str) -> Path:
@@ -55,14 +52,13 @@ def ensure_weights(settings: Settings, key: str) -> Path:
         ModelError: there are no such weights, or the operator's folder is gone or has changed
             since it was added.
     """
-    folder = weights_folder(settings, key)
     if key == SHIPPED_KEY:
+        folder = weights_folder(settings, key)
         convert_shipped(folder)
         return folder
-    for entry in operator_entries(settings):
-        if entry.key == key:
-            entry.check_unchanged()
-    return folder
+    entry = operator_entry(settings, key)
+    entry.check_unchanged()
+    return entry.folder
 
 
 def convert_shipped(folder: Path) -> None:

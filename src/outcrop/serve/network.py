@@ -120,6 +120,14 @@ class KeyValueCache:
         return new_GSH
 
 
+class _Embedding(nn.Module):
+    """A table alone: nn.Embedding's start values would import torch's compiler, which takes 1 s."""
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tokens, width))
+
+
 class _Attention(nn.Module):
     def __init__(self, config: dict[str, Any], head_width: int) -> None:
         super().__init__()
@@ -167,7 +175,7 @@ class _Body(nn.Module):
     def __init__(self, config: dict[str, Any], head_width: int) -> None:
         super().__init__()
         width = config["hidden_size"]
-        self.embed_tokens = nn.Embedding(config["vocab_size"], width)
+        self.embed_tokens = _Embedding(config["vocab_size"], width)
         self.layers = nn.ModuleList(
             _Layer(config, head_width) for _ in range(config["num_hidden_layers"])
         )
@@ -259,8 +267,8 @@ class GeneralNetwork:
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         from outcrop.models.load import load_base
 
-        self.module: Any = load_base(folder, dtype)
-        self.module.to(default_device())
+        module: Any = load_base(folder, dtype)
+        self.module: Any = module.to(default_device())
         config = self.module.config
         self.max_context = int(getattr(config, "max_position_embeddings", None) or 2048)
 

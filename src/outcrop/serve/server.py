@@ -18,13 +18,14 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -83,6 +84,8 @@ def run_model_server(
     from outcrop.serve.engine import TorchEngine
 
     started = time.perf_counter()
+    # uvicorn raises the signal that ended it once more: then, and while loading, just end.
+    signal.signal(signal.SIGTERM, _end)
     listener = _listen(Path(socket_path))
     try:
         folder = ensure_weights(settings, weights_key)
@@ -242,6 +245,10 @@ def _read(read: Callable[[bytes], T], body: bytes) -> T:
         return read(body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValidationException(f"The body is not what this path takes: {error!r}.") from error
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
 
 
 def _listen(path: Path) -> socket.socket:

@@ -64,7 +64,10 @@ def mark_ready(connection: Connection, key: str, pid: int) -> bool:
 
 def mark_failed(connection: Connection, key: str, error: str) -> bool:
     """Say that a server could not be started, and why."""
-    return _update(connection, key, state="failed", error=error, address=None, pid=None)
+    now = datetime.now(UTC)
+    return _update(
+        connection, key, state="failed", error=error, address=None, pid=None, last_used_at=now
+    )
 
 
 def touch(connection: Connection, key: str) -> bool:

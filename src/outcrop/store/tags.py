@@ -31,7 +31,7 @@ def put_tags(
     Raises:
         TooManyTagsException: the resource would have more than 50.
     """
-    check_tag_count(arn, {**list_tags(connection, account, region, arn), **tags})
+    check_tag_count(arn, list_tags(connection, account, region, arn).keys() | tags.keys())
     remove_tags(connection, account, region, arn, list(tags))
     rows = [
         {"account": account, "region": region, "resource_arn": arn, "key": key, "value": value}

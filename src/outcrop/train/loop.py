@@ -44,9 +44,7 @@ ADAM_EPSILON = 1e-8
 """Source: Kingma and Ba, Adam (arXiv 1412.6980), algorithm 1."""
 WEIGHT_DECAY = 0.0
 ARTIFACT = "artifact"
-NOT_FINITE_ADVICE = (
-    "Nothing was published. A smaller learningRate or a larger batchSize may help."
-)
+NOT_FINITE_ADVICE = "Nothing was published. A smaller learningRate or a larger batchSize may help."
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Trainable:
 
     def save(self, folder: Path, base_folder: Path) -> None:
         """Write the artifact: an adapter, or a whole model that can be loaded like its base."""
-        if self.plan.method == "lora":
+        if self.plan.method == "adapter":
             adapter = adapter_of(self.model, _lora_config(self.plan))
             save_adapter(adapter, folder, self.plan.base_model)
             return
@@ -84,7 +84,7 @@ def make_trainable(model: LlamaForCausalLM, plan: TrainPlan, seed: int) -> Train
     Raises:
         ModelError: the model has no layer that the plan's adapter could change.
     """
-    if plan.method == "lora":
+    if plan.method == "adapter":
         parameters = attach(model, _lora_config(plan), seed)
         return Trainable(model, plan, parameters, list(parameters))
     model.requires_grad_(True)

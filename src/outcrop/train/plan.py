@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NUMBER = re.compile(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+DEFAULT_WARMUP_STEPS = 5
+"""For families without learningRateWarmupSteps: the default of Titan, which has it."""
 SPLIT_SEED = 0
 """Which records become validation records must not change between two tries of one job."""
 
@@ -49,7 +51,7 @@ class TrainPlan:
     base_model: str
     """The name of the real base model, for the artifact's description."""
     method: str
-    """"lora" or "full"."""
+    """"adapter" or "full"."""
     num_epochs: int
     """Passes over the training records."""
     batch_size: int
@@ -94,6 +96,7 @@ def make_plan(
     hyper_parameters: Mapping[str, str],
     *,
     has_validation: bool,
+    method: str = "adapter",
 ) -> TrainPlan:
     """Check the hyperparameters of a job against the catalogue and make its plan.
 
@@ -101,10 +104,16 @@ def make_plan(
         customization_type: "FINE_TUNING" or "CONTINUED_PRE_TRAINING".
         hyper_parameters: as sent; names and values are strings.
         has_validation: whether the job names validation data.
+        method: "adapter" or "full"; what is trained is not among Bedrock's settings.
     Raises:
-        ValidationException: a name is unknown, a value is not a number of the wanted kind or out
+        ValidationException: the model cannot be customized so, a name is unknown, a value is not a number of the wanted kind or out
             of bounds, or a parameter without a default is missing. All findings are in one message.
     """
+    if customization_type not in base.customizations:
+        raise ValidationException(
+            f"{base.model_id} does not support {customization_type}. It supports "
+            f"{', '.join(base.customizations) or 'no customization'}."
+        )
     table = {row.name: row for row in base.hyper_parameters}
     findings = [
         f"Hyperparameter {name!r} is unknown. {base.model_id} knows {', '.join(table)}."
@@ -132,13 +141,41 @@ def make_plan(
         values[row.name] = value
     if findings:
         raise ValidationException(" ".join(findings))
-    return _plan(base, values, effective, has_validation)
+    return _plan(base, method, values, effective, has_validation)
 
 
 def _plan(
-    base: BaseModel, values: Mapping[str, float], effective: dict[str, str], has_validation: bool
+    base: BaseModel,
+    method: str,
+    values: Mapping[str, float],
+    effective: Mapping[str, str],
+    has_validation: bool,
 ) -> TrainPlan:
-    raise AssertionError
+    rate = values.get("learningRate")
+    if rate is None:
+        assert base.base_learning_rate is not None, f"{base.family} has no rate to multiply"
+        rate = base.base_learning_rate * values.get("learningRateMultiplier", 1.0)
+    percentage = None if has_validation else values.get("evalPercentage")
+    early_stopping = None
+    if "earlyStoppingPatience" in values and (has_validation or percentage):
+        early_stopping = EarlyStopping(
+            threshold=values["earlyStoppingThreshold"],
+            patience=int(values["earlyStoppingPatience"]),
+        )
+    return TrainPlan(
+        base_model=base.full_name,
+        method=method,
+        num_epochs=int(values["epochCount"]),
+        batch_size=int(values.get("batchSize", base.batch_size)),
+        learning_rate=rate * base.learning_rate_factor[method],
+        warmup_steps=int(values.get("learningRateWarmupSteps", DEFAULT_WARMUP_STEPS)),
+        lora_rank=base.lora.rank,
+        lora_alpha=base.lora.alpha,
+        lora_targets=base.lora.targets,
+        early_stopping=early_stopping,
+        evaluation_percentage=percentage,
+        hyper_parameters=dict(effective),
+    )
 
 
 def parse_number(text: str, kind: str) -> int | float | None:

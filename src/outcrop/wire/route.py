@@ -151,10 +151,10 @@ def _has_query(wanted: tuple[tuple[str, str], ...], query: str) -> bool:
 
 def _decode(name: str, value: str) -> str:
     try:
-        text = unquote_to_bytes(value).decode("utf-8")
+        text: str | None = unquote_to_bytes(value).decode("utf-8")
     except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+        text = None
+    if text is None or "\0" in text:
         raise ApiError(
             f"The value of '{name}' in the path is not UTF-8 text, or holds the character U+0000.",
             code="SerializationException",

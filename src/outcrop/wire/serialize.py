@@ -99,7 +99,7 @@ def serialize_error(
 
     Args:
         service: one of `wire.model.SERVICES`, or `s3`. Any other is answered like `bedrock`.
-        operation: unused members of the error are found without it; kept for the caller's log.
+        operation: the one that failed, where it is known; its model then lists the error's members.
     """
     if service == "s3":
         return _s3_error(error, request_id)
@@ -111,7 +111,11 @@ def serialize_error(
         "Content-Type": "application/json",
     }
     document: dict[str, Any] = {"message": error.message}
-    shape = error_shape(service, error.code)
+    shape = (
+        error_shape(service, error.code)
+        if operation is None
+        else operation.service_model.shape_for_error_code(error.code)
+    )
     for name, member in shape.members.items() if shape is not None else ():
         value = error.members.get(name)
         if value is None or name.lower() == "message":

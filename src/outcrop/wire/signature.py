@@ -38,7 +38,8 @@ class SignedRequest:
     raw_query: str
     """Without the question mark."""
     headers: Sequence[tuple[str, str]] | Mapping[str, str]
-    """Names in lower case, in the order they were sent; a name may occur more than once."""
+    """Names in lower case, in the order they were sent; a name may occur more than once. Values
+    hold the bytes that were sent, as latin-1 (ASGI's way)."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ def _read_presigned_v2(pairs: list[tuple[str, str]]) -> Signature | None:
     for name in ("AWSAccessKeyId", "Signature", "Expires"):
         if names.count(name) != 1:
             raise denied(f"The query parameter {name} occurs more than once.")
+    if not re.fullmatch(r"[!-~]+", query["AWSAccessKeyId"]):
+        raise denied("The AWSAccessKeyId is mal-formed.")
     try:
         expires_at = datetime.fromtimestamp(int(query["Expires"]), UTC)
     except (ValueError, OverflowError, OSError):
@@ -229,7 +232,8 @@ def _read_presigned_v2(pairs: list[tuple[str, str]]) -> Signature | None:
 
 def _credential(text: str, service: str, kind: str) -> tuple[str, str, str, str]:
     fields = text.rsplit("/", 4)
-    if len(fields) != 5 or not all(fields) or not re.fullmatch(r"[0-9]{8}", fields[1]):
+    plain = all(re.fullmatch(r"[!-~]+", item) for item in fields)
+    if len(fields) != 5 or not plain or not re.fullmatch(r"[0-9]{8}", fields[1]):
         message = (
             "The Credential is mal-formed; expecting "
             '"<YOUR-AKID>/YYYYMMDD/REGION/SERVICE/aws4_request".'
@@ -279,7 +283,7 @@ def _timestamp(text: str, service: str, kind: str) -> datetime:
 def _expires(text: str | None, service: str) -> int | None:
     if text is None:
         return None
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise bad_query(service, "X-Amz-Expires should be a number")
     if int(text) > MAX_PRESIGNED_SECONDS:
         raise bad_query(

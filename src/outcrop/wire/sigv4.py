@@ -25,6 +25,7 @@ from outcrop.wire.signature import (
     Signature,
     SignedRequest,
     bad_query,
+    denied,
     header_names,
     header_values,
     malformed,
@@ -207,10 +208,12 @@ def canonical_request(
 
 def canonical_query(pairs: Iterable[tuple[str, str]]) -> str:
     """Return decoded name-value pairs encoded and sorted as SigV4 wants them."""
-    encoded = sorted(
-        (quote(name, safe=_UNRESERVED), quote(value, safe=_UNRESERVED)) for name, value in pairs
-    )
+    encoded = sorted((_encode(name), _encode(value)) for name, value in pairs)
     return "&".join(f"{name}={value}" for name, value in encoded)
+
+
+def _encode(text: str) -> str:
+    return quote(text, safe=_UNRESERVED, errors="surrogateescape")
 
 
 def s3_path(raw_path: str) -> str:
@@ -232,7 +235,11 @@ def sign(key: bytes, *lines: str) -> str:
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    try:
+        data = text.encode("latin-1")  # header values hold the bytes that were sent
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "surrogateescape")
+    return hashlib.sha256(data).hexdigest()
 
 
 def _canonical_targets(request: SignedRequest, signature: Signature) -> Iterable[tuple[str, str]]:
@@ -311,43 +318,42 @@ def _check_time(signature: Signature, now: datetime) -> None:
         kind = signature.kind
         raise malformed("s3", message) if kind == "header" else bad_query("s3", message)
     now = now.astimezone(UTC)
-    if signature.expires is not None:
-        life = timedelta(seconds=signature.expires)
-        if now > signature.timestamp + life:
-            if is_s3:
-                ended = signature.timestamp + life
-                raise ApiError(
-                    "Request has expired",
-                    code="AccessDenied",
-                    http_status=403,
-                    members={
-                        "X-Amz-Expires": signature.expires,
-                        "Expires": ended.strftime("%Y-%m-%dT%H:%M:%SZ"),
-                        "ServerTime": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-                    },
-                )
-            raise _invalid(_expired(stamp, now, life))
-        if signature.timestamp > now + MAX_CLOCK_SKEW and is_s3:
-            raise ApiError("Request is not yet valid", code="AccessDenied", http_status=403)
-    elif is_s3 and abs(now - signature.timestamp) > MAX_CLOCK_SKEW:
-        raise ApiError(
-            "The difference between the request time and the current time is too large.",
-            code="RequestTimeTooSkewed",
-            http_status=403,
-            members={
-                "RequestTime": stamp,
-                "ServerTime": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-                "MaxAllowedSkewMilliseconds": int(MAX_CLOCK_SKEW.total_seconds() * 1000),
-            },
-        )
-    elif signature.timestamp < now - MAX_CLOCK_SKEW:
-        raise _invalid(_expired(stamp, now, MAX_CLOCK_SKEW))
+    server_time = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    skewed = ApiError(
+        "The difference between the request time and the current time is too large.",
+        code="RequestTimeTooSkewed",
+        http_status=403,
+        members={
+            "RequestTime": stamp,
+            "ServerTime": server_time,
+            "MaxAllowedSkewMilliseconds": int(MAX_CLOCK_SKEW.total_seconds() * 1000),
+        },
+    )
     if signature.timestamp > now + MAX_CLOCK_SKEW:
-        latest = (now + MAX_CLOCK_SKEW).strftime(TIMESTAMP_FORMAT)
-        raise _invalid(
-            f"Signature not yet current: {stamp} is still later than {latest} "
-            f"({now.strftime(TIMESTAMP_FORMAT)} + 15 min.)"
-        )
+        if not is_s3:
+            latest = (now + MAX_CLOCK_SKEW).strftime(TIMESTAMP_FORMAT)
+            raise _invalid(
+                f"Signature not yet current: {stamp} is still later than {latest} "
+                f"({now.strftime(TIMESTAMP_FORMAT)} + 15 min.)"
+            )
+        raise skewed if signature.kind == "header" else denied("Request is not yet valid")
+    life = timedelta(seconds=signature.expires) if signature.expires else MAX_CLOCK_SKEW
+    if now <= signature.timestamp + life:
+        return
+    if not is_s3:
+        raise _invalid(_expired(stamp, now, life))
+    if signature.expires is None:
+        raise skewed
+    raise ApiError(
+        "Request has expired",
+        code="AccessDenied",
+        http_status=403,
+        members={
+            "X-Amz-Expires": signature.expires,
+            "Expires": (signature.timestamp + life).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "ServerTime": server_time,
+        },
+    )
 
 
 def _expired(stamp: str, now: datetime, life: timedelta) -> str:

@@ -36,9 +36,7 @@ def test_rouge_l_weighs_both_lengths() -> None:
     ("prediction", "reference", "expected"),
     [("", "", 1.0), ("...", "", 1.0), ("", "word", 0.0), ("word", " \n", 0.0)],
 )
-def test_rouge_l_of_texts_without_words(
-    prediction: str, reference: str, expected: float
-) -> None:
+def test_rouge_l_of_texts_without_words(prediction: str, reference: str, expected: float) -> None:
     assert rouge_l(prediction, reference) == expected
 
 

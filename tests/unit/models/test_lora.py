@@ -114,7 +114,7 @@ def test_small_change_survives_bfloat16() -> None:
     holder.q_proj = nn.Linear(256, 512, bias=False).to(torch.bfloat16).requires_grad_(False)
     weight = holder.q_proj.weight.double()
     lora_a, lora_b = attach(holder, LoraConfig(4, 4.0, ("q_proj",)), seed=0)
-    lora_b.data = torch.randn(512, 4) * 1e-3
+    lora_b.data = torch.randn(512, 4) * 2e-4
     x = torch.randn(300, 256).to(torch.bfloat16)
     with torch.no_grad():
         y = holder.q_proj(x).double()
@@ -126,7 +126,7 @@ def test_small_change_survives_bfloat16() -> None:
     def kept(output: Tensor) -> float:
         return float(((output - base) * change).sum() / change.square().sum())
 
-    assert change.norm() / base.norm() < 3e-3
+    assert change.norm() / base.norm() < 1e-3
     assert kept(y) == pytest.approx(1.0, abs=0.1)
     assert kept(separate.double()) < 0.6  # what adding to the rounded output would lose
 

@@ -23,7 +23,7 @@ from tests.assets.tiny_model import tiny_model, write_tiny_model
 
 PLAN = TrainPlan(
     base_model="Tiny",
-    method="lora",
+    method="adapter",
     num_epochs=2,
     batch_size=8,
     learning_rate=1e-2,
@@ -128,9 +128,7 @@ def test_base_weights_are_not_changed(folder: Path, tmp_path: Path) -> None:
     assert folder_digest(folder) == before
 
 
-def test_full_fine_tuning_moves_all_weights_and_can_be_loaded(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_full_fine_tuning_moves_all_weights_and_can_be_loaded(folder: Path, tmp_path: Path) -> None:
     plan = dataclasses.replace(PLAN, method="full", learning_rate=2e-3)
     validations: list[ValidationRow] = []
     result = train(

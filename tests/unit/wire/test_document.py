@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outcrop.errors import ApiError
@@ -28,6 +28,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON, st.booleans())
 def test_all_json_is_read_as_it_was_meant(value: object, ascii_only: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
@@ -106,6 +107,7 @@ def test_broken_quoting_takes_no_more_than_linear_time() -> None:
     assert time.perf_counter() - started < 2
 
 
+@settings(deadline=None)
 @given(st.one_of(st.binary(), st.text(alphabet='{}[]",:\\u0019eE.-ntf').map(str.encode)))
 def test_no_bytes_raise_anything_but_an_api_error(body: bytes) -> None:
     refused: ApiError | None = None

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 from botocore.eventstream import EventStreamBuffer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outcrop.errors import ApiError, ModelStreamErrorException
@@ -22,6 +22,7 @@ from outcrop.wire.model import service_model
 STREAM = service_model("bedrock-runtime").operation_model("InvokeModelWithResponseStream")
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),

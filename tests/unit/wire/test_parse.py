@@ -374,6 +374,7 @@ def test_no_request_raises_anything_but_an_api_error(
     assert refused is None or (refused.http_status == 400 and len(refused.message) < 20_000)
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_no_form_raises_anything_but_an_api_error(body: bytes) -> None:
     for form in (body, b"Action=Form&" + body):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import regex  # type: ignore[import-untyped]
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.protocol.values import sample
 
@@ -117,6 +117,7 @@ MADE = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(pattern=MADE, text=st.text(alphabet="ab0._-é\n", max_size=10))
 def test_made_up_patterns_agree_too(pattern: str, text: str) -> None:
     assert compile_pattern(pattern)(text) is _oracle(pattern, text)

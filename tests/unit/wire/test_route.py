@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outcrop.errors import ApiError
@@ -96,6 +96,7 @@ def test_a_label_that_is_no_text_is_refused_by_name(label: str) -> None:
     assert "modelIdentifier" in caught.value.message
 
 
+@settings(deadline=None)
 @given(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "x"]),
     path=st.one_of(
@@ -114,6 +115,7 @@ def test_no_path_raises_anything_but_an_api_error(method: str, path: str) -> Non
     assert route.operation.http["method"] == method
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1).filter(lambda text: text not in (".", "..") and "\0" not in text))
 def test_a_label_comes_back_as_it_was_encoded(label: str) -> None:
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -55,6 +54,11 @@ def _signed(
     received = [("host", "127.0.0.1:7070")]
     received += [(name.lower(), str(value)) for name, value in request.headers.items()]
     return SignedRequest(method, parts.path, parts.query, received)
+
+
+def _pairs(request: SignedRequest) -> list[tuple[str, str]]:
+    assert isinstance(request.headers, list)
+    return request.headers
 
 
 def _verify(request: SignedRequest, *, body: bytes | None = b"", **changes: Any) -> Signature:
@@ -124,7 +128,7 @@ def test_what_botocore_signs_is_accepted_and_nothing_else(
     assert (signature.kind, signature.region) == (kind, "us-east-1")
     assert signature.security_token == token
     mismatch = "SignatureDoesNotMatch 403" if service == "s3" else "InvalidSignatureException 403"
-    sent = list(request.headers)
+    sent = _pairs(request)
     for changed in (
         SignedRequest("PATCH", request.raw_path, request.raw_query, sent),
         SignedRequest(method, request.raw_path + "x", request.raw_query, sent),
@@ -138,7 +142,7 @@ def test_what_botocore_signs_is_accepted_and_nothing_else(
 def test_the_headers_values_are_folded_and_joined_as_botocore_does() -> None:
     request = _signed(headers={"x-amz-meta-a": "  two   words \t here "})
     _verify(request)
-    sent = [(name, " ".join(value.split())) for name, value in request.headers]
+    sent = [(name, " ".join(value.split())) for name, value in _pairs(request)]
     _verify(SignedRequest("GET", "/bucket/key", "", sent))  # as HTTP servers may pass it on
 
     twice = AWSRequest(method="GET", url="http://127.0.0.1:7070/", headers={"x-b": "1"})
@@ -174,7 +178,7 @@ def test_unsigned_requests_and_bearer_tokens_are_no_signature() -> None:
 def _with(request: SignedRequest, **headers: str | None) -> SignedRequest:
     """Replace, add or (None) remove headers; underscores stand for dashes."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
-    kept = [(name, value) for name, value in request.headers if name not in names]
+    kept = [(name, value) for name, value in _pairs(request) if name not in names]
     kept += [(name, value) for name, value in names.items() if value is not None]
     return SignedRequest(request.method, request.raw_path, request.raw_query, kept)
 
@@ -493,49 +497,85 @@ def test_what_we_sign_is_what_botocore_signs(
     assert ours["authorization"] == theirs["authorization"]
 
 
-def _texts() -> Iterator[str]:
-    yield "Credential=a/20260101/r/s3/aws4_request"
-    yield "SignedHeaders=host"
-    yield f"Signature={'0' * 64}"
-
-
-@given(
-    authorization=st.one_of(
-        st.text(),
-        st.lists(st.one_of(st.sampled_from(list(_texts())), st.text(alphabet="=,/ a"))).map(
-            lambda parts: "AWS4-HMAC-SHA256 " + ",".join(parts)
-        ),
+PIECES = st.one_of(
+    st.sampled_from(
+        [
+            "Credential=a/20260101/r/s3/aws4_request",
+            "Credential=a/99991231/r/sts/aws4_request",
+            "Credential=a/b/c/d/aws4_request",
+            "SignedHeaders=host",
+            f"Signature={'0' * 64}",
+        ]
     ),
+    st.text(alphabet="=,/ a"),
+)
+ENCODED = st.binary(max_size=6).map(quote)
+PARAMETERS = {
+    "Algorithm": st.sampled_from(["AWS4-HMAC-SHA256", "x"]),
+    "Credential": st.builds(
+        "{}/{}/{}/{}/aws4_request".format,
+        st.just("a") | ENCODED,
+        st.sampled_from(["20260101", "99991231", "x"]),
+        st.just("us-east-1") | ENCODED,
+        st.sampled_from(["s3", "sts"]) | ENCODED,
+    ).map(lambda text: quote(text, safe="%")),
+    "Date": st.sampled_from(["20260101T000000Z", "99991231T235959Z", "00010101T000000Z"]),
+    "Expires": st.sampled_from(["1", "604800", "x"]),
+    "SignedHeaders": st.sampled_from(["host", "host%3Bx-%FF"]) | ENCODED,
+    "Signature": st.just("0" * 64) | ENCODED,
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    authorization=st.none()
+    | st.text()
+    | st.lists(PIECES).map(lambda parts: "AWS4-HMAC-SHA256 " + ",".join(parts)),
     query=st.one_of(
         st.text(),
-        st.lists(
-            st.tuples(
-                st.sampled_from(
-                    ["Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature"]
-                ),
-                st.text(alphabet="aA0/%+=4-HMC"),
-            )
-        ).map(lambda pairs: "&".join(f"X-Amz-{name}={value}" for name, value in pairs)),
+        st.builds(
+            lambda known, other: "&".join(
+                [*(f"X-Amz-{name}={value}" for name, value in known.items()), other]
+            ),
+            st.fixed_dictionaries(PARAMETERS),
+            ENCODED,
+        ),
+        ENCODED.map(lambda text: f"AWSAccessKeyId={text}&Signature={text}&Expires=9999999999"),
     ),
-    date=st.text(),
-    header=st.booleans(),
+    path=st.text(st.characters(max_codepoint=255)),
+    date=st.text() | st.sampled_from(["20260101T000000Z", "99991231T235959Z"]),
+    now=st.sampled_from([datetime(2026, 1, 1, tzinfo=UTC), datetime(9999, 12, 1, tzinfo=UTC)]),
 )
 def test_no_claim_raises_anything_but_an_api_error(
-    authorization: str, query: str, date: str, header: bool
+    authorization: str | None, query: str, path: str, date: str, now: datetime
 ) -> None:
     headers = [("host", "h"), ("x-amz-date", date)]
-    if header:
+    if authorization is not None:
         headers.append(("authorization", authorization))
-    request = SignedRequest("GET", "/", query, headers)
+    request = SignedRequest("GET", path, query, headers)
     accepted = False
     try:
         signature = read_signature(request)
         if signature is not None:
-            verify(request, signature, SECRET, body_sha256=None, now=_now())
+            assert signature.access_key_id.isascii()  # it is looked up in a database
+            verify(request, signature, SECRET, body_sha256=None, now=now)
             accepted = True
     except ApiError:
         pass
     assert not accepted
+
+
+def test_header_values_are_signed_as_the_bytes_that_were_sent() -> None:
+    value = "größe"  # a client that sends UTF-8 signs UTF-8; a server sees latin-1
+    theirs = value.encode("utf-8").decode("latin-1")
+    added = sigv4.sign_headers(
+        "GET", "/b/k", "", {"host": "h", "x-amz-meta-a": theirs}, access_key_id=KEY_ID,
+        secret_access_key=SECRET, region="us-east-1", service="s3",
+        payload_hash=sigv4.UNSIGNED_PAYLOAD, now=_now(),
+    )  # fmt: skip
+    request = _signed(headers={"x-amz-meta-a": value})
+    _verify(_with(request, x_amz_meta_a=theirs))
+    _verify(SignedRequest("GET", "/b/k", "", {"host": "h", "x-amz-meta-a": theirs} | added))
 
 
 def test_keys_are_not_shown() -> None:

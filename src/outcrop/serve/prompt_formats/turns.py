@@ -35,8 +35,10 @@ def text_of(block: Any, path: str, ignored: tuple[str, ...] = ()) -> str:
 def join_turns(turns: Iterable[Message], system: str) -> tuple[Message, ...]:
     """Put the system text first and join turns of one role that follow each other.
 
+    Where the last turn is the assistant's, the model goes on with it.
+
     Raises:
-        ValidationException: the first or the last turn is not the user's, or a turn is empty.
+        ValidationException: the first turn is not the user's, or a turn is empty.
     """
     joined = [
         Message(role, "\n".join(turn.text for turn in group))
@@ -44,11 +46,6 @@ def join_turns(turns: Iterable[Message], system: str) -> tuple[Message, ...]:
     ]
     if joined[0].role != "user":
         refuse('#/messages: the first message must use the "user" role')
-    if joined[-1].role != "user":
-        refuse(
-            '#/messages: the last message must use the "user" role (this model cannot go on with '
-            "a text of the assistant)"
-        )
     for place, turn in enumerate(joined):
         if not turn.text:
             refuse(f"#/messages/{place}/content: text must not be empty")

@@ -1,0 +1,111 @@
+"""How many records a job may have and how long one may be.
+
+The numbers are Bedrock's, from the catalogue; a token limit in force is the lesser of Bedrock's and
+what the real model was made for, and the message names both. An operator's setting replaces a
+record quota.
+
+Source: the error texts in the Bedrock user guide, "Troubleshoot model customization".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outcrop.errors import DataError
+from outcrop.models.catalog import BaseModel
+
+TRAINING, VALIDATION = "training", "validation"
+
+
+def record_quota(base: BaseModel, role: str, setting: int) -> int | None:
+    """Return how many records a file may hold; None means as many as there are.
+
+    Args:
+        role: "training" or "validation".
+        setting: the operator's number; 0 keeps the family's.
+    """
+    if setting:
+        return setting
+    quota = base.records.max_training if role == TRAINING else base.records.max_validation
+    return quota if quota is not None else base.records.max_total
+
+
+def check_record_count(base: BaseModel, role: str, count: int, setting: int, file: str) -> None:
+    """Refuse one record too many.
+
+    Raises:
+        DataError: `count` is above the quota.
+    """
+    quota = record_quota(base, role, setting)
+    if quota is not None and count > quota:
+        whose = "This server takes" if setting else f"{base.model_id} takes"
+        raise DataError(
+            f"{file} holds more than {quota:,} records. {whose} at most {quota:,} {role} records "
+            f"in a job; the setting max_{role}_records changes that.",
+            code="too_many_records",
+            file=file,
+            line=None,
+        )
+
+
+def check_total_records(base: BaseModel, num_training: int, num_validation: int) -> None:
+    """Refuse a job whose files are within their quotas but too many together.
+
+    For use where the operator has set neither quota.
+
+    Raises:
+        DataError: the sum is above the family's.
+    """
+    quota = base.records.max_total
+    if quota is not None and num_training + num_validation > quota:
+        raise DataError(
+            f"The job has {num_training:,} training and {num_validation:,} validation records. "
+            f"{base.model_id} takes at most {quota:,} together; the settings max_training_records "
+            "and max_validation_records change that.",
+            code="too_many_records",
+            file="",
+        )
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """The limits of one model at one batch size."""
+
+    base: BaseModel
+    batch_size: int
+
+    def check(self, num_input: int, num_output: int, file: str, line: int) -> None:
+        """Refuse a record that is too long.
+
+        Args:
+            num_input: tokens of the prompt as it is rendered.
+            num_output: tokens that come after it.
+        Raises:
+            DataError: a limit is exceeded; the message names Bedrock's and the real model's.
+        """
+        bedrock = self.base.token_limit(self.batch_size)
+        context = self.base.context_tokens
+        counts = (
+            ("input", num_input, bedrock.input if bedrock else None),
+            ("output", num_output, bedrock.output if bedrock else None),
+            ("total", num_input + num_output, bedrock.total if bedrock else None),
+        )
+        for name, count, documented in counts:
+            limit = min(context, documented or context)
+            if count > limit:
+                raise DataError(
+                    f"{_exceeded(name, count, limit)} {file}, line {line}: the limit of "
+                    f"{self.base.model_id} at batch size {self.batch_size} is "
+                    f"{f'{documented:,}' if documented else 'not documented'}, the context of "
+                    f"{self.base.full_name} is {context:,} tokens.",
+                    code="too_long",
+                    file=file,
+                    line=line,
+                )
+
+
+def _exceeded(name: str, count: int, limit: int) -> str:
+    """Return AWS's sentence."""
+    if name == "total":
+        return f"Max sum of input and output token length {count} exceeds total limit of {limit}."
+    return f"Maximum {name} token count {count} exceeds limit of {limit}."
