@@ -29,9 +29,12 @@ MAX_WORDS = 20
 NEARLY_THE_SAME = 0.5
 """Share of content words that two descriptions may have in common, over those that either has."""
 STOP_WORDS = frozenset(
-    "a all amazon an and any are as aws be by can existing for from given has have in information "
-    "into is it its new of on one operation or provided returns specified that the this to which "
-    "with you your".split()
+    re.findall(
+        "[a-z]+",
+        "a all amazon an and any are as aws be by can existing for from given has have in "
+        "information into is it its new of on one operation or provided returns specified that "
+        "the this to which with you your",
+    )
 )
 
 

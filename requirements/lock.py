@@ -35,7 +35,16 @@ def main() -> None:
     ]
     tools = (HERE / "dev.in").read_text(encoding="utf-8").splitlines()
     lock("lock.txt", LOCK_HEAD, runtime, "--constraint", "torch.txt", *upgrade)
-    lock("dev.txt", DEV_HEAD, tools, "--constraint", "torch.txt", "--constraint", "lock.txt", *upgrade)
+    lock(
+        "dev.txt",
+        DEV_HEAD,
+        tools,
+        "--constraint",
+        "torch.txt",
+        "--constraint",
+        "lock.txt",
+        *upgrade,
+    )
     lock_model()
 
 

@@ -14,7 +14,8 @@ def client(**options: Any) -> BaseClient:
     """Return a boto3 client of the operations that Bedrock lacks, such as GetJobProgress.
 
     Args:
-        options: what `boto3.client` takes; endpoint and credentials come from the environment as for any client.
+        options: what `boto3.client` takes; endpoint and credentials come from the environment as
+            for any client.
     """
     from outcrop.wire.client import outcrop_client
 

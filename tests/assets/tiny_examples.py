@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 
-from outcrop.data.records import Example
 from tests.assets.tiny_model import VOCABULARY
+
+from outcrop.data.records import Example
 
 
 def tiny_examples(count: int, seed: int = 0, longest: int = 24) -> list[Example]:

@@ -31,6 +31,14 @@ def tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
 
 
+def frozen_tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """Return the model as `load_base` would: frozen and in evaluation mode."""
+    model = tiny_model(seed, **changes)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
 def write_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write that model as a folder that `load_base` reads, and return the folder."""
     tiny_model(seed, **changes).save_pretrained(folder)

@@ -7,10 +7,12 @@ adapter's output to the layer's. Both sides are float32, so only the order of su
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+from tests.assets.tiny_examples import tiny_examples
+from tests.assets.tiny_model import frozen_tiny_model, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -21,8 +23,6 @@ from outcrop.models.lora import Adapter, LoraConfig, LoraLinear, adapter_of, att
 from outcrop.train.loop import gather_gradients
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.plan import TrainPlan
-from tests.assets.tiny_examples import tiny_examples
-from tests.assets.tiny_model import tiny_model
 
 CONFIG = LoraConfig(rank=4, alpha=10.0)
 EXAMPLES = tiny_examples(8)
@@ -57,7 +57,7 @@ class SeparateAdd(nn.Module):
 
 def trained_model() -> tuple[LlamaForCausalLM, Adapter]:
     """The tiny model with an adapter as after some training: B is not zero."""
-    model = tiny_model().requires_grad_(False).eval()
+    model = frozen_tiny_model()
     attach(model, CONFIG, seed=0)
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
@@ -67,10 +67,10 @@ def trained_model() -> tuple[LlamaForCausalLM, Adapter]:
 
 
 def reference_model(adapter: Adapter) -> LlamaForCausalLM:
-    model = tiny_model().requires_grad_(False).eval()
+    model = frozen_tiny_model()
     for name, (lora_a, lora_b) in adapter.tensors.items():
         parent, _, last = name.rpartition(".")
-        linear = model.get_submodule(name)
+        linear = cast("nn.Linear", model.get_submodule(name))
         setattr(model.get_submodule(parent), last, SeparateAdd(linear, lora_a, lora_b))
     return model
 
@@ -117,12 +117,12 @@ def test_loss_and_adapter_gradients_equal_the_plain_reference(chunk_tokens: int)
             gradient, standard = getattr(found, part).grad, getattr(expected, part).grad
             error = (gradient - standard).norm() / standard.norm()
             assert error < 2e-6, f"{name}.{part}"
-    frozen = [p for name, p in model.named_parameters() if "adapter" not in name]
+    frozen = [p for name, p in model.named_parameters() if "lora_" not in name]
     assert all(parameter.grad is None for parameter in frozen)
 
 
 def test_full_gradients_equal_the_plain_reference() -> None:
-    model, reference = tiny_model().eval(), tiny_model().eval()
+    model, reference = tiny_model(), tiny_model()
     (batch,) = pack(EXAMPLES, 10_000)
     with packed_attention(model):
         token_losses(model, batch).mean().backward()
@@ -149,7 +149,7 @@ def test_accumulated_micro_batches_equal_one_big_batch(method: str) -> None:
     plan = dataclasses.replace(PLAN, method=method)
     results = []
     for micro_batch_tokens in (10_000, 30, 1):
-        model = tiny_model().requires_grad_(False).eval()
+        model = frozen_tiny_model()
         trainable = make_trainable(model, plan, seed=0)
         loss, num_tokens = gather_gradients(trainable, EXAMPLES, micro_batch_tokens)
         assert num_tokens == sum(map(num_loss_tokens, EXAMPLES))
@@ -162,7 +162,8 @@ def test_accumulated_micro_batches_equal_one_big_batch(method: str) -> None:
 
 
 def test_bfloat16_model_accumulates_in_float32_masters() -> None:
-    model = tiny_model().to(torch.bfloat16).requires_grad_(False).eval()
+    model: Any = frozen_tiny_model()
+    model.to(torch.bfloat16)
     trainable = make_trainable(model, dataclasses.replace(PLAN, method="full"), seed=0)
     gather_gradients(trainable, EXAMPLES, 30)
     assert {tensor.dtype for tensor in gradients(trainable)} == {torch.float32}

@@ -67,7 +67,9 @@ def test_an_s3_uri_is_taken_apart(text: str, bucket: str, key: str) -> None:
     assert ids.parse_s3_uri(text) == ids.S3Uri(bucket, key)
 
 
-@pytest.mark.parametrize("text", ["", "s3:/bucket/key", "https://bucket/key", "s3://B/key", "s3://ab"])
+@pytest.mark.parametrize(
+    "text", ["", "s3:/bucket/key", "https://bucket/key", "s3://B/key", "s3://ab"]
+)
 def test_what_is_no_s3_uri_is_none(text: str) -> None:
     assert ids.parse_s3_uri(text) is None
 

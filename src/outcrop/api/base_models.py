@@ -32,7 +32,8 @@ def get_foundation_model(context: RequestContext, params: dict[str, Any]) -> dic
         context.require(connection, "bedrock:GetFoundationModel", arn)
     if base is None:
         raise ResourceNotFoundException(
-            f"Could not resolve the foundation model from the provided model identifier: {identifier}"
+            "Could not resolve the foundation model from the provided model identifier: "
+            f"{identifier}"
         )
     return {"modelDetails": _details(context, base, model_id)}
 
@@ -66,8 +67,8 @@ def _listed_ids(base: BaseModel) -> list[str]:
 def _details(context: RequestContext, base: BaseModel, model_id: str) -> dict[str, Any]:
     """Return the summary of `model_id`.
 
-    The plain id can be both customized and asked; the context-suffixed one is what Bedrock lists for
-    customization and provisioned throughput. Here it can be asked on demand too.
+    The plain id can be both customized and asked; the context-suffixed one is what Bedrock lists
+    for customization and provisioned throughput. Here it can be asked on demand too.
     """
     return {
         "modelArn": foundation_model_arn(context.region, model_id),

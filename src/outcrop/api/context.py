@@ -1,7 +1,7 @@
 """What an operation is given: the services it may use, and who asked for what.
 
-`Services` is built once at start, `RequestContext` once a request. Account and region come from here and
-from nowhere else.
+`Services` is built once at start, `RequestContext` once a request. Account and region come from
+here and from nowhere else.
 """
 
 from __future__ import annotations

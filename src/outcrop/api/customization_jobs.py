@@ -1,7 +1,7 @@
 """Operations on customization jobs: create, get, list, stop.
 
-Create refuses what can be known early (names, hyperparameters, role, places in S3); what stands in the files is
-checked by the job's validation stage.
+Create refuses what can be known early (names, hyperparameters, role, places in S3); what stands
+in the files is checked by the job's validation stage.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     job_id = new_id()
     arn = customization_job_arn(context.region, context.account, base.customization_id, job_id)
     spec = {
-        **{name: value for name, value in params.items() if name not in ("jobTags", "hyperParameters")},
+        **{
+            name: value
+            for name, value in params.items()
+            if name not in ("jobTags", "hyperParameters")
+        },
         "customizationType": params.get("customizationType", OFFERED_TYPES[0]),
         "baseModelId": base.model_id,
         "baseModelArn": foundation_model_arn(context.region, base.customization_id),
@@ -141,7 +145,8 @@ def stop(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         job = find_job(connection, context, params["jobIdentifier"], "StopModelCustomizationJob")
         if not jobs.request_stop(connection, job.id):
             raise ConflictException(
-                f"The job {job.name} is {wire_status(job.status)}. Only a job that is InProgress can be "
+                f"The job {job.name} is {wire_status(job.status)}. Only a job that is InProgress "
+                "can be "
                 "stopped."
             )
     return {}
@@ -188,7 +193,7 @@ def _describe(connection: Connection, job: Job) -> dict[str, Any]:
         "customizationType": spec["customizationType"],
         "vpcConfig": spec.get("vpcConfig"),
     }
-    if job.status == "completed":
+    if job.result is not None:
         answer["outputModelArn"] = job.result["outputModelArn"]
         answer["trainingMetrics"] = job.result["trainingMetrics"]
         answer["validationMetrics"] = job.result["validationMetrics"]
@@ -233,7 +238,8 @@ def _base_model(connection: Connection, context: RequestContext, identifier: str
             f"{custom.base_model_id}, or the model that you want to start from anew."
         )
     raise ValidationException(
-        f"The provided model identifier is invalid: {identifier}. ListFoundationModels lists what can be "
+        f"The provided model identifier is invalid: {identifier}. ListFoundationModels lists "
+        "what can be "
         "customized."
     )
 
@@ -248,25 +254,30 @@ def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None
     if customization_type not in base.customizations:
         offered = ", ".join(base.customizations) or "none"
         raise ValidationException(
-            f"{base.model_id} cannot be customized by {customization_type}. Offered for it: {offered}."
+            f"{base.model_id} cannot be customized by {customization_type}. Offered for it: "
+            f"{offered}."
         )
     if "customizationConfig" in params:
         raise ValidationException(
-            "customizationConfig belongs to distillation and reinforcement fine-tuning, which are not "
+            "customizationConfig belongs to distillation and reinforcement fine-tuning, which "
+            "are not "
             "offered yet. Leave it out."
         )
     if "customModelKmsKeyId" in params:
         raise ValidationException(
-            "customModelKmsKeyId is not supported yet: custom models are not encrypted with a key of "
+            "customModelKmsKeyId is not supported yet: custom models are not encrypted with a "
+            "key of "
             "yours. Leave it out to accept that."
         )
     if "invocationLogsConfig" in params["trainingDataConfig"]:
         raise ValidationException(
-            "trainingDataConfig.invocationLogsConfig is not supported yet. Give trainingDataConfig.s3Uri."
+            "trainingDataConfig.invocationLogsConfig is not supported yet. Give "
+            "trainingDataConfig.s3Uri."
         )
     if len(_validators(params)) > 1:
         raise ValidationException(
-            f"validationDataConfig.validators has {len(_validators(params))} entries; one is allowed."
+            f"validationDataConfig.validators has {len(_validators(params))} entries; one is "
+            "allowed."
         )
 
 
@@ -277,9 +288,14 @@ def _validators(params: dict[str, Any]) -> list[dict[str, str]]:
 def _places(params: dict[str, Any]) -> tuple[S3Uri, list[S3Uri], S3Uri]:
     training = params["trainingDataConfig"].get("s3Uri")
     if training is None:
-        raise ValidationException("trainingDataConfig.s3Uri must name the training data, a JSONL file.")
+        raise ValidationException(
+            "trainingDataConfig.s3Uri must name the training data, a JSONL file."
+        )
     return (
         file_place("trainingDataConfig.s3Uri", training),
-        [file_place("validationDataConfig.validators.s3Uri", v["s3Uri"]) for v in _validators(params)],
+        [
+            file_place("validationDataConfig.validators.s3Uri", v["s3Uri"])
+            for v in _validators(params)
+        ],
         place("outputDataConfig.s3Uri", params["outputDataConfig"]["s3Uri"]),
     )

@@ -17,11 +17,11 @@ from outcrop.api import (
 )
 from outcrop.api.context import Output, RequestContext
 
-Operation = (
-    Callable[[RequestContext, dict[str, Any]], dict[str, Any]]
-    | Callable[[RequestContext, dict[str, Any]], Awaitable[Output]]
-)
+SyncOperation = Callable[[RequestContext, dict[str, Any]], dict[str, Any]]
 """Takes the request's context and its validated members, returns the answer's members."""
+AsyncOperation = Callable[[RequestContext, dict[str, Any]], Awaitable[Output]]
+"""One that waits for a model."""
+Operation = SyncOperation | AsyncOperation
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("bedrock", "ListFoundationModels"): base_models.list_foundation_models,

@@ -1,7 +1,8 @@
 """Tokens of paged lists: opaque, bound to their list, and proof against tampering.
 
-A token carries where the next page begins, and a keyed digest over it, the caller's account and region, the
-operation and every filter of the request. A token that was changed, or comes from another list, is refused.
+A token carries where the next page begins, and a keyed digest over it, the caller's account and
+region, the operation and every filter of the request. A token that was changed, or comes from
+another list, is refused.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def read_token(context: RequestContext, params: Mapping[str, Any]) -> Position |
     except ValueError:
         pass
     raise ValidationException(
-        "The provided nextToken is invalid. Use the token of the preceding page, with the same filters."
+        "The provided nextToken is invalid. Use the token of the preceding page, with the same "
+        "filters."
     )
 
 

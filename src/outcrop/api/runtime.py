@@ -1,7 +1,8 @@
 """InvokeModel and CountTokens: from a model id and a native body to the model server and back.
 
-Resolves the id (base model, provisioned throughput), asks for its model server, waits for it where it has to be
-loaded, and passes the request on. Weights and tokens are the server's business.
+Resolves the id (base model, provisioned throughput), asks for its model server, waits for it
+where it has to be loaded, and passes the request on. Weights and tokens are the server's
+business.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ TOUCH_SECONDS = 5.0
 """How exact a model server's last use is recorded: one write each so many seconds is enough."""
 
 RETRY_SECONDS = 10.0
-"""After a model server could not be started, requests are refused for so long before it is tried again."""
+"""After a model server could not be started, requests are refused for so long before it is
+tried again.
+"""
 
 T = TypeVar("T")
 
@@ -117,8 +120,8 @@ async def _with_server(
 ) -> T:
     """Ask the weights' model server, which is started where it does not run.
 
-    A server that was ended between the look at its row and the request (it was idle, or it crashed) has done
-    nothing yet, so the request waits for the next one.
+    A server that was ended between the look at its row and the request (it was idle, or it
+    crashed) has done nothing yet, so the request waits for the next one.
     """
     settings = context.services.settings
     deadline = time.monotonic() + settings.model_start_seconds
@@ -129,7 +132,8 @@ async def _with_server(
                 return await ask(client)
         except TimeoutError:
             raise ModelTimeoutException(
-                f"The model did not answer within {settings.invoke_timeout_seconds} s. Ask for fewer "
+                f"The model did not answer within {settings.invoke_timeout_seconds} s. Ask for "
+                "fewer "
                 "tokens, or raise invoke_timeout_seconds."
             ) from None
         except ServingError:
@@ -140,7 +144,8 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
     """Find what an id stands for, after asking whether the caller may use it.
 
     Raises:
-        ResourceNotFoundException, ModelNotReadyException, ValidationException: there is no such model, its
+        ResourceNotFoundException, ModelNotReadyException, ValidationException: there is no such
+        model, its
             throughput is still being created, or it cannot be asked by this id.
     """
     with context.services.engine.connect() as connection:
@@ -159,7 +164,8 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
         custom = models.get_model(connection, context.account, context.region, identifier)
     if custom is not None:
         raise ValidationException(
-            f"Invocation of the custom model {custom.name} with on-demand throughput isn't supported. "
+            f"Invocation of the custom model {custom.name} with on-demand throughput isn't "
+            "supported. "
             "Create a provisioned model throughput for it and invoke that one's ARN."
         )
     if kind in (None, "foundation-model"):
@@ -173,9 +179,7 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
 def _provisioned(
     connection: Connection, context: RequestContext, identifier: str, operation: str
 ) -> Target:
-    throughput = throughputs.get_throughput(
-        connection, context.account, context.region, identifier
-    )
+    throughput = throughputs.get_throughput(connection, context.account, context.region, identifier)
     context.require(
         connection, f"bedrock:{operation}", throughput.arn if throughput else identifier
     )
@@ -191,9 +195,7 @@ def _provisioned(
             f"The provisioned throughput {throughput.name} has failed: {throughput.failure_message}"
         )
     catalog = context.services.catalog
-    custom = models.get_model(
-        connection, context.account, context.region, throughput.model_arn
-    )
+    custom = models.get_model(connection, context.account, context.region, throughput.model_arn)
     base = catalog.resolve(custom.base_model_id if custom else throughput.model_arn)
     if base is None:
         raise ModelErrorException(
@@ -203,9 +205,7 @@ def _provisioned(
     return Target(throughput.arn, base, artifact)
 
 
-async def _ready_client(
-    context: RequestContext, weights: str, deadline: float
-) -> ModelClient:
+async def _ready_client(context: RequestContext, weights: str, deadline: float) -> ModelClient:
     pause = FIRST_LOOK_SECONDS
     while True:
         client = await anyio.to_thread.run_sync(_look_for_server, context, weights)
@@ -226,7 +226,8 @@ def _look_for_server(context: RequestContext, weights: str) -> ModelClient | Non
     if row is not None and row.state == "failed":
         if servers.idle_seconds(row) < RETRY_SECONDS:
             raise ModelErrorException(
-                f"The model server could not be started: {row.error}. Its log in the data directory has "
+                f"The model server could not be started: {row.error}. Its log in the data "
+                "directory has "
                 "the reason."
             )
         row = None
@@ -249,6 +250,4 @@ def _refuse_what_is_not_offered(params: dict[str, Any]) -> None:
         raise ValidationException("Guardrails are not offered by this service.")
     accept = params.get("accept", "application/json")
     if accept not in ("application/json", "*/*"):
-        raise ValidationException(
-            f"accept is {accept!r}; this service answers application/json."
-        )
+        raise ValidationException(f"accept is {accept!r}; this service answers application/json.")

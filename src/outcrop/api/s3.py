@@ -47,7 +47,8 @@ from outcrop.identity.principals import Principal, authenticate
 from outcrop.objects.client import Backend, backend
 from outcrop.settings import Settings
 from outcrop.wire import serialize, sigv4
-from outcrop.wire.sigv4 import Signature, SignedRequest, SigningKey
+from outcrop.wire.signature import Signature, SignedRequest, header_names, header_values
+from outcrop.wire.sigv4 import SigningKey
 
 logger = logging.getLogger("outcrop.gateway")
 
@@ -89,6 +90,18 @@ _NOT_PASSED_ON = frozenset(
         "x-amz-request-payer",
         # Written anew from what was understood.
         "x-amz-copy-source",
+    }
+)
+_BODY_DIGESTS = frozenset(
+    {
+        "content-md5",
+        "content-type",
+        "x-amz-sdk-checksum-algorithm",
+        "x-amz-checksum-crc32",
+        "x-amz-checksum-crc32c",
+        "x-amz-checksum-crc64nvme",
+        "x-amz-checksum-sha1",
+        "x-amz-checksum-sha256",
     }
 )
 _NOT_PASSED_BACK = frozenset(
@@ -215,8 +228,8 @@ async def _answer(request: Request, services: S3Services, trace: _Trace) -> Resp
     if call.operation == "HeadBucket":
         upstream.headers["x-amz-bucket-region"] = services.settings.region
     if upstream.status_code == 400 and isinstance(content, Upload) and content.headers:
-        await _explain_digest(upstream)
-    return _PassedOn(upstream)
+        return await _explain_digest(upstream)
+    return _PassedOn(upstream, upstream.aiter_raw())
 
 
 # --- may they ------------------------------------------------------------------------------------
@@ -239,9 +252,7 @@ def _verify(services: S3Services, signed: SignedRequest, trace: _Trace) -> _Veri
     signature = sigv4.read_signature(signed)
     if signature is None:
         raise _denied()
-    headers: dict[str, str] = {}
-    for name, value in signed.headers:  # type: ignore[misc]
-        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    headers = {name: ",".join(header_values(signed, name)) for name in header_names(signed)}
     _check_scope(signature, headers, services.settings.region)
     with services.engine.connect() as connection:
         found = authenticate(connection, signature.access_key_id)
@@ -282,17 +293,13 @@ def _check_scope(signature: Signature, headers: dict[str, str], region: str) -> 
         )
     # Version 2 names no region.
     if signature.kind != "presigned-v2" and signature.region != region:
-        presigned = signature.kind == "presigned"
-        what = (
-            "Error parsing the X-Amz-Credential parameter"
-            if presigned
-            else "The authorization header is malformed"
-        )
+        what, code = "The authorization header is malformed", "AuthorizationHeaderMalformed"
+        if signature.kind == "presigned":
+            what = "Error parsing the X-Amz-Credential parameter"
+            code = "AuthorizationQueryParametersError"
         raise ApiError(
             f"{what}; the region '{signature.region}' is wrong; expecting '{region}'",
-            code="AuthorizationQueryParametersError"
-            if presigned
-            else "AuthorizationHeaderMalformed",
+            code=code,
             http_status=400,
             members={"Region": region},
         )
@@ -388,7 +395,9 @@ async def _send_to(
     request = http.build_request(
         method,
         place.url,
-        headers=[(name, value.encode("latin-1")) for name, value in headers.items()],
+        headers=[
+            (name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()
+        ],
         content=body,
         extensions={"target": target.encode("ascii")},  # httpx would re-write the path
     )
@@ -401,6 +410,9 @@ def _headers_to_pass_on(call: S3Call) -> dict[str, str]:
         for name, value in call.headers.items()
         if name in _PASSED_ON or (name.startswith("x-amz-") and name not in _NOT_PASSED_ON)
     }
+    if call.operation == "CreateBucket":
+        # Its body is written anew, so a digest of the old one would be wrong.
+        headers = {name: value for name, value in headers.items() if name not in _BODY_DIGESTS}
     codings = [item.strip() for item in headers.pop("content-encoding", "").split(",")]
     # aws-chunked says how the body travelled, which is over; the backend would keep it.
     kept = ",".join(item for item in codings if item and item.lower() != "aws-chunked")
@@ -417,8 +429,8 @@ def _headers_to_pass_on(call: S3Call) -> dict[str, str]:
 class _PassedOn(StreamingResponse):
     """The backend's answer, streamed to the client."""
 
-    def __init__(self, upstream: httpx.Response) -> None:
-        super().__init__(upstream.aiter_raw(), upstream.status_code)
+    def __init__(self, upstream: httpx.Response, content: AsyncIterator[bytes]) -> None:
+        super().__init__(content, upstream.status_code)
         self._upstream = upstream
         self.raw_headers = [
             (name.lower(), value)
@@ -435,15 +447,22 @@ class _PassedOn(StreamingResponse):
             await self._upstream.aclose()
 
 
-async def _explain_digest(upstream: httpx.Response) -> None:
-    """Refuse as S3 does where a trailer's checksum was wrong; the backend blames Content-MD5."""
-    content = await upstream.aread()
-    if b"<Code>InvalidDigest</Code>" in content:
+async def _explain_digest(upstream: httpx.Response) -> Response:
+    """Answer as S3 does where a trailer's checksum was wrong; the backend blames Content-MD5."""
+    parts = [part async for part in upstream.aiter_raw()]
+    if b"<Code>InvalidDigest</Code>" in b"".join(parts):
+        await upstream.aclose()
         raise ApiError(
             "The checksum in the trailer did not match the calculated checksum.",
             code="BadDigest",
             http_status=400,
         )
+
+    async def again() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    return _PassedOn(upstream, again())
 
 
 def _location_request(region: str) -> bytes:

@@ -65,8 +65,8 @@ ACTIONS: dict[str, str] = {
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
     "ListParts": "s3:ListMultipartUploadParts",
 }
-"""The operations that are offered. Bucket policies, ACLs, CORS, websites, notifications, replication
-and object lock are not among them: they would be kept without being obeyed."""
+"""The operations that are offered. Bucket policies, ACLs, CORS, websites, notifications,
+replication and object lock are not among them: they would be kept without being obeyed."""
 
 _OF_A_VERSION = {
     "s3:GetObject": "s3:GetObjectVersion",

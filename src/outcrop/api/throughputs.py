@@ -1,7 +1,7 @@
 """Operations on provisioned throughput: create, get, list, delete.
 
-A throughput is Creating until the supervisor has its model server up; from then on it is InService, also while
-its server is unloaded for want of requests.
+A throughput is Creating until the supervisor has its model server up; from then on it is
+InService, also while its server is unloaded for want of requests.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def _model(
         base = catalog.resolve(custom.base_model_id)
         if base is None:
             raise ValidationException(
-                f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue any "
+                f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue "
+                "any "
                 "more. Add it again with `outcrop models add`."
             )
         return custom.arn, custom.foundation_model_arn, base.weights

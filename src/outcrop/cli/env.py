@@ -27,7 +27,9 @@ Variables = dict[str, str | None]
 
 
 def service_url(settings: Settings, port: int | None) -> str:
-    """Return the service's URL: the given port's, else the running service's, else the default's."""
+    """Return the service's URL: the given port's, else the running service's, else the
+    default's.
+    """
     running = read_address(settings.data_dir, "gateway")
     if port is None and running is not None:
         return running
@@ -36,7 +38,9 @@ def service_url(settings: Settings, port: int | None) -> str:
 
 
 def client_variables(url: str, credentials: Credentials, region: str) -> Variables:
-    """Return what to set and what to unset so that an AWS client speaks to `url` and to nothing else."""
+    """Return what to set and what to unset so that an AWS client speaks to `url` and to nothing
+    else.
+    """
     host = urlsplit(url).hostname or "127.0.0.1"
     return {
         **dict.fromkeys(UNSET),
@@ -67,7 +71,9 @@ def _line(name: str, value: str | None, shell: str) -> str:
             if value is None:
                 return f"set -e {name};"
             rest = f' "${name}"' if appended else ""
-            joined = f"(string join , {shlex.quote(value)}{rest})" if appended else shlex.quote(value)
+            joined = (
+                f"(string join , {shlex.quote(value)}{rest})" if appended else shlex.quote(value)
+            )
             return f"set -gx {name} {joined};"
         case "powershell":
             if value is None:

@@ -1,8 +1,9 @@
 """`outcrop serve`: the whole service on one machine.
 
-Locks the data directory, brings the database up to date, and then supervises the object store, the gateway, a worker,
-and one model server for each base model in use. It decides nothing about requests or jobs: what it does comes from
-rows that others wrote, and whatever it supervises may be killed at any instant.
+Locks the data directory, brings the database up to date, and then supervises the object store,
+the gateway, a worker, and one model server for each base model in use. It decides nothing about
+requests or jobs: what it does comes from rows that others wrote, and whatever it supervises may
+be killed at any instant.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        StoreError: the data directory is in use by another service, or its database is newer than this code.
+        StoreError: the data directory is in use by another service, or its database is newer than
+            this code.
         ChildError: a part of the service could not be started; the message has the end of its log.
     """
     asked: list[int] = []

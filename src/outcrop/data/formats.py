@@ -43,6 +43,9 @@ _NAMES = {
     "image-caption": "image-caption data",
     "open-ai-chat": "reinforcement fine-tuning data in OpenAI's chat form",
 }
+_FOREIGN_KEYS = {"input", "messages", "schemaVersion", "image-ref"}
+"""What belongs to the other formats."""
+
 # White space to Unicode, and what shows as nothing: zero-width characters and the byte-order mark.
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
@@ -131,10 +134,18 @@ def _wrong_keys(value: Mapping[str, Any], place: _Place) -> DataError:
 
 
 def _pair(value: Mapping[str, Any], place: _Place, body_family: str) -> tuple[Message, ...]:
-    for key in ("prompt", "completion"):
+    others = _FOREIGN_KEYS & set(value)
+    if others:
+        raise place.refuse(
+            "mixed_schema", f"It mixes prompt/completion with {', '.join(sorted(others))}."
+        )
+    known = ("prompt", "completion")
+    for key in known:
         if key not in value:
+            if not set(value) <= set(known):
+                raise _wrong_keys(value, place)
             raise place.refuse(f"missing_{key}", f"It has no {key}.")
-    _refuse_extra_keys(value, {"prompt", "completion"}, place)
+    _refuse_extra_keys(value, set(known), place)
     prompt = _text(value["prompt"], "prompt", place, empty_code="empty_prompt")
     completion = _text(value["completion"], "completion", place, empty_code="empty_completion")
     messages = parse_prompt(body_family, prompt)
@@ -191,8 +202,7 @@ def _turns(value: Mapping[str, Any], place: _Place) -> list[dict[str, Any]]:
             raise place.refuse(
                 "role_order",
                 f"messages[{index}] is the {turn['role']}'s. Turns alternate from the user's on, "
-                f"so 
-                f"it must be the {expected}'s.",
+                f"so it must be the {expected}'s.",
             )
     if turns[-1]["role"] != "assistant":
         raise place.refuse("role_order", "The last message is not the assistant's.")

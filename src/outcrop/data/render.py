@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from outcrop.data.records import Example, Message
@@ -204,16 +206,14 @@ class Renderer:
             if index and roles[index] == "assistant":
                 opened = self._prompt_text(roles[:index])
                 if text.startswith(opened) and not text[len(opened) : found.start()].strip():
-                    scaffold = text[start : max(start, len(opened))]
+                    scaffold = opened[start:]
             pieces.extend(self._after_answer(scaffold) if answered else self._scaffold(scaffold))
             answered = roles[index] == "assistant"
             pieces.append(_Content(index, trained=answered))
             start = found.end()
         rest = text[start:]
-        unfinished = answered and not rest
-        pieces.extend(
-            self._after_answer(rest) if answered and not unfinished else self._scaffold(rest)
-        )
+        # Where nothing follows an answer, the model is to go on with it: it is not ended.
+        pieces.extend(self._after_answer(rest) if answered and rest else self._scaffold(rest))
         return pieces
 
     def _after_answer(self, text: str) -> list[_Piece]:
@@ -326,6 +326,16 @@ def _refused(message: str) -> DataError:
     return DataError(message, code="refused_by_template", file="")
 
 
+class _GenerationBlock(Extension):
+    """Lets `{% generation %}` pass, with which some templates mark what an assistant wrote."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _compile(source: str, folder: Path) -> jinja2.Template:
     """Compile a chat template; it can reach nothing but what it is given."""
 
@@ -336,7 +346,7 @@ def _compile(source: str, folder: Path) -> jinja2.Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception

@@ -255,7 +255,7 @@ def _matcher(
 def _check_action(pattern: str, place: str) -> None:
     if pattern != "*" and not _ACTION.fullmatch(pattern):
         raise _malformed(
-            f'{place}: {pattern!r} must be "*" or `service:Action`, where the action may hold * and ?'
+            f'{place}: {pattern!r} must be "*" or `service:Action`; the action may hold * and ?'
         )
 
 
@@ -286,9 +286,10 @@ def _services(statement: dict[str, object], place: str) -> frozenset[str]:
 
 def _strings(value: object, place: str) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(item, str) and item for item in values):
+    strings = [item for item in values if isinstance(item, str) and item]
+    if not values or len(strings) != len(values):
         raise _malformed(f"{place} must be a string or a list of strings, none of them empty")
-    return values
+    return strings
 
 
 def _refuse_unknown(found: dict[str, object], known: frozenset[str], place: str) -> None:

@@ -1,8 +1,10 @@
-"""Where a customization job's outputs lie: objects in the owner's bucket, files in the data directory.
+"""Where a customization job's outputs lie: objects in the owner's bucket, files in the data
+directory.
 
-The layout in the bucket is Bedrock's. Clients read the validation metrics at two places (with and without the inner
-`validation/` folder, and Llama notebooks directly below `validation_artifacts/`), so all of them are written.
-Source: user guide, "Analyze the results of a model customization job", and the clients that read them.
+The layout in the bucket is Bedrock's. Clients read the validation metrics at two places (with and
+without the inner `validation/` folder, and Llama notebooks directly below
+`validation_artifacts/`), so all of them are written.
+Source: user guide, "Analyze the results of a model customization job", and those clients.
 """
 
 from __future__ import annotations

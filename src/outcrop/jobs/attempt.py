@@ -1,7 +1,8 @@
 """One attempt of one job, in a process of its own: `python -m outcrop.jobs.attempt JOB FENCE`.
 
-Ends the job's row itself (completed, failed, stopped) as long as its fence holds, and then exits with 0. Any other
-exit code means that the attempt could not end the row; the worker then decides whether to try again.
+Ends the job's row itself (completed, failed, stopped) as long as its fence holds, and then exits
+with 0. Any other exit code means that the attempt could not end the row; the worker then decides
+whether to try again.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def _fail(engine: Engine, job_id: str, fence: int, message: str) -> int:
 def _disk_full(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     return (
-        f"The disk is full{where}: the model could not be written. Nothing was published. Free some "
+        f"The disk is full{where}: the model could not be written. Nothing was published. Free "
+        "some "
         "space in the data directory and create the job again."
     )
 

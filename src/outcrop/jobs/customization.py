@@ -1,7 +1,8 @@
 """The stages of a customization job: validation, training, publication.
 
-Turns a job's row into a custom model and the two CSV files in the owner's bucket. Whatever it reads, it reads with
-the permissions of the job's role. Nothing is visible as a model before the one transaction that also ends the job.
+Turns a job's row into a custom model and the two CSV files in the owner's bucket. Whatever it
+reads, it reads with the permissions of the job's role. Nothing is visible as a model before the
+one transaction that also ends the job.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], 
     """Take a job from its row to its model.
 
     Raises:
-        DataError, ValidationException, ModelError, TrainingError, ObjectStoreError: the job fails, with the
+        DataError, ValidationException, ModelError, TrainingError, ObjectStoreError: the job
+        fails, with the
             error's text as its reason.
         StopRequested: `should_stop` answered True.
         LeaseLost: another attempt holds the job.
     """
     base = load_catalog(settings).resolve(job.spec["baseModelId"])
     if base is None:
-        raise ModelError(f"The base model {job.spec['baseModelId']} is not in the catalogue any more.")
+        raise ModelError(
+            f"The base model {job.spec['baseModelId']} is not in the catalogue any more."
+        )
     stage = _Stages(engine, job)
     objects = object_store(settings)
 
@@ -227,5 +231,3 @@ def _publish(
             raise StopRequested
         raise LeaseLost
     logger.info("published %s", arn)
-
-

@@ -1,7 +1,8 @@
-"""What nothing needs any more: ended attempts' scratch files, artifacts without a model, old logs of jobs.
+"""What nothing needs any more: ended attempts' scratch files, artifacts without a model, old logs.
 
-Knows files only; abandoned uploads are the object store's. A file is garbage only where the database says so, and
-nothing younger than an hour is: what is being written right now has no row yet.
+Knows files only; abandoned uploads are the object store's. A file is garbage only where the
+database says so, and nothing younger than an hour is. The folders are listed before the database is
+asked, so that what an attempt publishes in between is seen as used.
 """
 
 from __future__ import annotations
@@ -31,20 +32,40 @@ class Garbage:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Used:
+    """What the database knows to be in use."""
+
+    live: set[str]
+    """Ids of the jobs that have not ended."""
+    attempts: set[tuple[str, str]]
+    """Job id and fence of the attempts that run."""
+    publishing: set[tuple[str, str]]
+    """Model id and fence of what running attempts may be about to publish."""
+    artifacts: set[str]
+    """Folders of custom models, relative to the data directory."""
+
+
 def find_garbage(
     settings: Settings, engine: Engine, *, young_seconds: float = YOUNG_SECONDS
 ) -> list[Garbage]:
     """Return what may be removed, with its size and the reason."""
-    with engine.connect() as connection:
-        live = {job.id for job in (*jobs.held_jobs(connection), *jobs.queued_jobs(connection))}
-        used = models.artifact_paths(connection)
+    data = settings.data_dir
+    scratch = _grandchildren(data / "work")
+    artifacts = _grandchildren(data / "models" / "custom")
+    logs = _children(data / "logs" / "jobs")
+    used = _used(engine)
     found = [
-        *_scratch(settings, live),
-        *_artifacts(settings, used),
-        *_job_logs(settings, live),
+        *_scratch(scratch, used),
+        *_artifacts(data, artifacts, used),
+        *_empty(data / "work", "folder of an ended job"),
+        *_empty(data / "models" / "custom", "folder of a deleted custom model"),
+        *_conversions(data / "models" / "base"),
+        *_job_logs(logs, used),
+        *_rotated_logs(data / "logs"),
     ]
     now = time.time()
-    return [item for item in found if now - item.path.stat().st_mtime >= young_seconds]
+    return [item for item in found if _age(item.path, now) >= young_seconds]
 
 
 def remove(item: Garbage) -> None:
@@ -55,34 +76,82 @@ def remove(item: Garbage) -> None:
         item.path.unlink(missing_ok=True)
 
 
-def _scratch(settings: Settings, live: set[str]) -> Iterator[Garbage]:
-    for folder in _children(settings.data_dir / "work"):
-        if folder.name not in live:
-            yield _garbage(folder, "scratch files of an ended job")
+def _used(engine: Engine) -> _Used:
+    with engine.connect() as connection:
+        live = jobs.live_jobs(connection)
+        publishing = set()
+        for held in live:
+            job = jobs.get_job_by_id(connection, held.id) if held.status in jobs.HELD else None
+            if job is not None and "customModelId" in job.spec:
+                publishing.add((str(job.spec["customModelId"]), str(held.fence)))
+        return _Used(
+            live={job.id for job in live},
+            attempts={(job.id, str(job.fence)) for job in live if job.status in jobs.HELD},
+            publishing=publishing,
+            artifacts=models.artifact_paths(connection),
+        )
 
 
-def _artifacts(settings: Settings, used: set[str]) -> Iterator[Garbage]:
-    for model in _children(settings.data_dir / "models" / "custom"):
-        attempts = _children(model)
-        for folder in attempts:
-            if str(folder.relative_to(settings.data_dir)) not in used:
-                yield _garbage(folder, "artifact that no custom model uses")
-        if not attempts:
-            yield _garbage(model, "folder of a deleted custom model")
+def _scratch(folders: list[Path], used: _Used) -> Iterator[Garbage]:
+    for folder in folders:
+        if (folder.parent.name, folder.name) not in used.attempts:
+            yield _garbage(folder, "scratch files of an ended attempt")
 
 
-def _job_logs(settings: Settings, live: set[str]) -> Iterator[Garbage]:
-    logs = _children(settings.data_dir / "logs" / "jobs")
+def _artifacts(data: Path, folders: list[Path], used: _Used) -> Iterator[Garbage]:
+    for folder in folders:
+        in_use = str(folder.relative_to(data)) in used.artifacts
+        if not in_use and (folder.parent.name, folder.name) not in used.publishing:
+            yield _garbage(folder, "artifact that no custom model uses")
+
+
+def _empty(folder: Path, reason: str) -> Iterator[Garbage]:
+    for child in _children(folder):
+        if not _children(child):
+            yield _garbage(child, reason)
+
+
+def _conversions(folder: Path) -> Iterator[Garbage]:
+    for child in _children(folder):
+        if child.name.startswith(".") and ".tmp-" in child.name:
+            yield _garbage(child, "conversion of weights that was not finished")
+
+
+def _job_logs(logs: list[Path], used: _Used) -> Iterator[Garbage]:
     logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for path in logs[KEEP_JOB_LOGS:]:
-        if path.name.partition(".")[0] not in live:
+        if path.name.partition(".")[0] not in used.live:
             yield _garbage(path, "log of an ended job")
+
+
+def _rotated_logs(folder: Path) -> Iterator[Garbage]:
+    for path in _children(folder):
+        if path.name.endswith(".log.1"):
+            yield _garbage(path, "older part of a log")
 
 
 def _children(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
+def _grandchildren(folder: Path) -> list[Path]:
+    return [path for child in _children(folder) for path in _children(child)]
+
+
 def _garbage(path: Path, reason: str) -> Garbage:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Garbage(path, sum(file.stat().st_size for file in files), reason)
+    return Garbage(path, sum(_size(file) for file in files), reason)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # its attempt is removing it right now
+        return 0
+
+
+def _age(path: Path, now: float) -> float:
+    try:
+        return now - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,8 +1,10 @@
-"""The places in S3 that a job reads and writes: their form, whether they are there, whether its role may.
+"""The places in S3 that a job reads and writes: their form, whether they are there, whether its
+role may.
 
-Asked when a job is created, so that a mistake is refused at once, and again by the job itself, because places and
-permissions change. The texts begin as Bedrock's do. Source: user guide, "Troubleshooting model customization
-issues", and AWS's knowledge-centre article on fine-tuning errors.
+Asked when a job is created, so that a mistake is refused at once, and again by the job itself,
+because places and permissions change. The texts begin as Bedrock's do. Source: user guide,
+"Troubleshooting model customization issues", and AWS's knowledge-centre article on fine-tuning
+errors.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def folder_error(uri: S3Uri, member: str) -> ValidationException:
     """Return the error for a URI that names a folder where a file is wanted (Bedrock's text)."""
     kind = "validation" if member.startswith("validation") else "training"
     return ValidationException(
-        f"Invalid {kind} input data configuration. Check the input data S3 Uris (Uri should be a file, "
+        f"Invalid {kind} input data configuration. Check the input data S3 Uris (Uri should be a "
+        "file, "
         f"not a directory) and retry request: {member} is {uri}."
     )
 
@@ -63,7 +66,8 @@ def check_writable(connection: Connection, role: Principal, output: S3Uri) -> No
         authorize(connection, role, "s3:PutObject", f"arn:aws:s3:::{probe.bucket}/{probe.key}")
     except AccessDeniedException as error:
         raise ValidationException(
-            "Amazon S3 perms missing (PutObject): Could not validate PutObject permissions to access "
+            "Amazon S3 perms missing (PutObject): Could not validate PutObject permissions to "
+            "access "
             f"S3 bucket: {probe.bucket} at key {probe.key}. {error.message}"
         ) from error
 
@@ -78,7 +82,9 @@ def check_bucket(objects: ObjectStore, uri: S3Uri) -> None:
 
 
 def check_present(objects: ObjectStore, uri: S3Uri) -> None:
-    """Refuse unless the object exists, telling a missing bucket, a missing key and a folder apart."""
+    """Refuse unless the object exists, telling a missing bucket, a missing key and a folder
+    apart.
+    """
     try:
         if objects.head(uri) is not None:
             return

@@ -1,25 +1,30 @@
 """Who runs next, and whose lease has run out.
 
-A job is claimed by one guarded update (store/jobs.py). Which one is decided here: accounts take turns, and a job starts
-only where the machine has cores and memory for it. Whether a holder still lives is judged by its heartbeat, a number
-that must move, on the watcher's own monotonic clock: no jump of a wall clock can end a lease or keep one alive.
+A job is claimed by one guarded update (store/jobs.py). Which one is decided here: accounts take
+turns, and a job starts only where the machine has cores and memory for it. Whether a holder still
+lives is judged by its heartbeat, a number that must move, on the watcher's own monotonic clock:
+no jump of a wall clock can end a lease or keep one alive.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
 from outcrop.settings import Settings
 from outcrop.store import jobs
-from outcrop.store.rows import Job
+from outcrop.store.rows import Job, LiveJob
 
 LEASE_SECONDS = 15.0
-"""A heartbeat that has not moved for so long means that its holder is gone; it moves every second."""
+"""A heartbeat that has not moved for so long means that its holder is gone; it moves every
+second.
+"""
 CORES_A_JOB = 2
 MEMORY_A_JOB = 4 << 30
 """Bytes: a training process of the shipped model stays below it; measured, see docs/log.md."""
@@ -38,7 +43,9 @@ class Capacity:
 
 
 def capacity(settings: Settings) -> Capacity:
-    """Return what this machine has for jobs: one at a time on two cores, unless `job_slots` says more."""
+    """Return what this machine has for jobs: one at a time on two cores, unless `job_slots`
+    says more.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - MEMORY_FOR_THE_REST
     if settings.job_slots:
@@ -53,16 +60,21 @@ def job_needs(settings: Settings) -> tuple[int, int]:
     return settings.train_threads or CORES_A_JOB, MEMORY_A_JOB
 
 
-def claim_next(connection: Connection, worker: str, room: Capacity) -> Job | None:
+def claim_next(
+    connection: Connection, worker: str, room: Capacity, *, idle: bool = False
+) -> Job | None:
     """Claim the job whose turn it is, if this worker has room for it.
 
     Args:
         room: what the worker's running jobs have left over.
+        idle: it runs none, so the next job may start whatever it asks for: elsewhere would be
+            better, but waiting for ever is worse.
     """
     if room.slots < 1:
         return None
     for job in _in_turn(connection):
-        if job.cores > room.cores or job.memory_bytes > room.memory_bytes:
+        fits = job.cores <= room.cores and job.memory_bytes <= room.memory_bytes
+        if not (fits or idle):
             return None  # nobody overtakes: a large job would otherwise wait for ever
         claimed = jobs.claim(connection, job, worker)
         if claimed is not None:
@@ -76,29 +88,45 @@ def queue_position(connection: Connection, job_id: str) -> int | None:
     return order.index(job_id) if job_id in order else None
 
 
-def _in_turn(connection: Connection) -> list[Job]:
+def _in_turn(connection: Connection) -> list[LiveJob]:
     """Return the waiting jobs in the order of their turns.
 
-    The account that has fewest jobs running or before it in the queue is next; among equals, the older job.
+    Accounts take turns, the one first that has not had one for longest; within an account, the
+    older job is first.
     """
-    taken = Counter(job.account for job in jobs.held_jobs(connection))
-    turns: list[tuple[int, int, Job]] = []
-    for place, job in enumerate(jobs.queued_jobs(connection)):
-        turns.append((taken[job.account], place, job))
-        taken[job.account] += 1
-    return [job for _, _, job in sorted(turns, key=lambda turn: turn[:2])]
+    waiting: dict[str, list[LiveJob]] = defaultdict(list)
+    for job in jobs.live_jobs(connection, ("queued",)):
+        waiting[job.account].append(job)
+    last = jobs.last_claims(connection, waiting.keys())
+    accounts = sorted(waiting, key=lambda account: last[account])  # stable: then the older job
+    rounds = itertools.zip_longest(*(waiting[account] for account in accounts))
+    return [job for turn in rounds for job in turn if job is not None]
 
 
-@dataclass
 class LeaseWatch:
     """Notices holders that are gone, of all workers; each worker has one."""
 
-    lease_seconds: float = LEASE_SECONDS
-    _seen: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    def __init__(
+        self,
+        lease_seconds: float = LEASE_SECONDS,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            clock: seconds that never jump; tests have one of their own.
+        """
+        self._lease_seconds, self._clock = lease_seconds, clock
+        self._first_seen: dict[tuple[str, int, int], float] = {}
 
-    def expired(self, connection: Connection) -> list[Job]:
-        """Return the held jobs whose heartbeat has not moved for the length of a lease."""
-        now = time.monotonic()
-        held = {(job.id, job.fence, job.heartbeat): job for job in jobs.held_jobs(connection)}
-        self._seen = {key: self._seen.get(key, now) for key in held}
-        return [job for key, job in held.items() if now - self._seen[key] >= self.lease_seconds]
+    def expired(self, held: Iterable[LiveJob]) -> list[LiveJob]:
+        """Return the held jobs whose heartbeat has not moved for the length of a lease.
+
+        Call it often: what it knows is what it was shown.
+        """
+        now = self._clock()
+        seen = {(job.id, job.fence, job.heartbeat): job for job in held}
+        self._first_seen = {key: self._first_seen.get(key, now) for key in seen}
+        return [
+            job for key, job in seen.items() if now - self._first_seen[key] >= self._lease_seconds
+        ]

@@ -1,6 +1,8 @@
-"""What a running attempt tells the world: its progress in the job's row, its metrics as CSV in the owner's bucket.
+"""What a running attempt tells the world: its progress in the job's row, its metrics as CSV in
+the owner's bucket.
 
-Both are written while the job runs, at most so often as below, and every write is guarded by the attempt's fence.
+Both are written while the job runs, at most so often as below, and every write is guarded by the
+attempt's fence.
 """
 
 from __future__ import annotations

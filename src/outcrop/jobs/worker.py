@@ -1,7 +1,7 @@
 """The worker: claims jobs, keeps their leases, and sees every attempt to its end.
 
-It computes nothing itself. An attempt ends its own row; where one ends without having done so, its job goes back to
-the queue, until it has had so many attempts that it is failed with the reason.
+It computes nothing itself. An attempt ends its own row; where one ends without having done so, its
+job goes back to the queue, until so many attempts were lost that it is failed with the reason.
 """
 
 from __future__ import annotations
@@ -11,27 +11,33 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.jobs import queue
 from outcrop.jobs.executors import Attempt, Executor
-from outcrop.jobs.executors.local import LocalExecutor
+from outcrop.jobs.executors.local import LocalExecutor, log_file
 from outcrop.processes.spawn import log_tail
+from outcrop.processes.supervise import describe_exit
 from outcrop.settings import Settings
 from outcrop.store import jobs
-from outcrop.store.database import connect, transaction
-from outcrop.store.rows import Job
+from outcrop.store.database import check_version, connect, transaction
+from outcrop.store.rows import Job, LiveJob
 
 logger = logging.getLogger("outcrop.worker")
 
 POLL_SECONDS = 0.2
-"""How often the queue and the attempts are looked at: bounds how late a job starts."""
+"""How often queue and attempts are looked at: bounds how late a job starts and a stop is seen."""
 HEARTBEAT_SECONDS = 1.0
 STOP_SECONDS = 4.0
-"""From the request to stop to SIGKILL, so that a stop takes at most 5 s."""
+"""From the signal to stop to SIGKILL, so that a stop takes at most 5 s."""
+EXIT_SECONDS = 30.0
+"""How long an attempt may take to clean up after it has ended its job."""
+PAUSE_SECONDS = 2.0
+"""After a fault of the machine (database away, no process to be had), before the next try."""
 LOG_TAIL_BYTES = 600
 
 
@@ -72,18 +78,28 @@ class Worker:
         return bool(self._held)
 
     def tick(self) -> None:
-        """Reap, beat, stop, recover and claim; takes milliseconds."""
+        """Reap, beat, stop, recover and claim; takes milliseconds.
+
+        Raises:
+            SQLAlchemyError: the database does not answer. The next tick takes up where this one
+                ended.
+            OSError: no attempt can be started; its job is back in the queue.
+        """
         for held in list(self._held.values()):
-            code = held.attempt.poll()
-            if code is None:
-                self._keep(held)
-            else:
+            if (code := held.attempt.poll()) is not None:
                 self._ended(held, code)
-        self._recover()
-        self._claim()
+        with self.engine.connect() as connection:
+            live = {job.id: job for job in jobs.live_jobs(connection)}
+        for held in list(self._held.values()):
+            self._keep(held, live.get(held.job.id))
+        self._recover([job for job in live.values() if job.status in jobs.HELD])
+        queued = [job for job in live.values() if job.status == "queued"]
+        exhausted = any(job.lost_attempts >= self.settings.max_job_attempts for job in queued)
+        if exhausted or (queued and self._room().slots > 0):
+            self._claim()
 
     def shut_down(self) -> None:
-        """End all attempts; their jobs go back to the queue."""
+        """End all attempts; their jobs go back to the queue, and the attempts do not count."""
         for held in self._held.values():
             held.attempt.ask_to_stop()
         deadline = time.monotonic() + self._stop_seconds
@@ -92,78 +108,76 @@ class Worker:
                 time.sleep(0.02)
             if held.attempt.poll() is None:
                 held.attempt.kill()
+        for held in self._held.values():
+            reason = "The service was shut down meanwhile."
             with transaction(self.engine) as connection:
-                jobs.requeue(
-                    connection, held.job.id, held.job.fence, "The service was shut down meanwhile."
-                )
+                jobs.requeue(connection, held.job.id, held.job.fence, reason, lost=False)
         self._held.clear()
 
-    def _keep(self, held: _Held) -> None:
+    def _keep(self, held: _Held, row: LiveJob | None) -> None:
+        """See that the lease lives on, and that an attempt ends which is to end."""
         now = time.monotonic()
+        if row is None:  # the attempt has ended its job, so it is about to exit
+            held.kill_at = held.kill_at or now + EXIT_SECONDS
+        else:
+            mine = row.fence == held.job.fence and row.status in jobs.HELD
+            if mine and now - held.beaten_at >= self._heartbeat_seconds:
+                with transaction(self.engine) as connection:
+                    mine = jobs.heartbeat(connection, row.id, row.fence) is not None
+                held.beaten_at = now
+            if not mine:
+                # At once: this worker itself may be the next to claim the job.
+                logger.warning("the lease on job %s was lost; its attempt is ended", row.id)
+                held.attempt.kill()
+                del self._held[row.id]
+            elif row.status == "stopping" and held.kill_at is None:
+                logger.info("job %s is asked to stop", row.id)
+                held.kill_at = now + self._stop_seconds
+                held.attempt.ask_to_stop()
         if held.kill_at is not None and now >= held.kill_at:
             held.attempt.kill()
-            return
-        if now - held.beaten_at < self._heartbeat_seconds:
-            return
-        held.beaten_at = now
-        with transaction(self.engine) as connection:
-            status = jobs.heartbeat(connection, held.job.id, held.job.fence)
-        if status is None:
-            logger.warning("the lease on job %s was lost; its attempt is ended", held.job.id)
-            held.attempt.kill()
-        elif status == "stopping" and held.kill_at is None:
-            logger.info("job %s is asked to stop", held.job.id)
-            held.kill_at = now + self._stop_seconds
-            held.attempt.ask_to_stop()
 
     def _ended(self, held: _Held, code: int) -> None:
-        del self._held[held.job.id]
         job = held.job
+        how = describe_exit(code)
+        reason = f"Attempt {job.attempts} ended ({how}) before the job did."
+        if code == -signal.SIGKILL and held.kill_at is None:
+            reason += " The kernel does that when memory runs out."
+        tail = log_tail(log_file(self.settings, job), LOG_TAIL_BYTES)
+        if tail:
+            reason += f" The last line of its log: {tail.splitlines()[-1]}"
         with transaction(self.engine) as connection:
-            now = jobs.get_job_by_id(connection, job.id)
-            if now is None or now.fence != job.fence or now.status not in ("running", "stopping"):
-                logger.info("job %s: attempt %d ended the job", job.id, job.attempts)
-                return
-            if job.attempts >= self.settings.max_job_attempts:
-                jobs.fail_job(connection, job.id, job.fence, self._gave_up(job, code))
-            else:
-                reason = f"Attempt {job.attempts} ended with code {code} before the job did."
-                jobs.requeue(connection, job.id, job.fence, reason)
-        logger.warning("job %s: attempt %d ended with code %d", job.id, job.attempts, code)
+            unfinished = jobs.requeue(connection, job.id, job.fence, reason)
+        del self._held[job.id]
+        level = logging.WARNING if unfinished else logging.INFO
+        logger.log(level, "job %s: attempt %d ended (%s)", job.id, job.attempts, how)
 
-    def _gave_up(self, job: Job, code: int) -> str:
-        log = self.settings.data_dir / "logs" / "jobs" / f"{job.id}.log"
-        tail = log_tail(log, LOG_TAIL_BYTES)
-        last = tail.splitlines()[-1] if tail else "nothing"
-        return (
-            f"The job's process ended with code {code}, for the {job.attempts}th time, so it is not "
-            f"tried again. The last line of its log: {last}"
-        )
-
-    def _recover(self) -> None:
-        with self.engine.connect() as connection:
-            expired = [job for job in self._leases.expired(connection) if job.id not in self._held]
-        for job in expired:
+    def _recover(self, held: list[LiveJob]) -> None:
+        for job in self._leases.expired(held):
+            if job.id in self._held:
+                continue
+            reason = f"The worker {job.worker} has not been heard of."
             with transaction(self.engine) as connection:
-                now = jobs.get_job_by_id(connection, job.id)
-                if now is not None and (now.fence, now.heartbeat) == (job.fence, job.heartbeat):
-                    reason = f"The worker {job.worker} has not been heard of."
-                    jobs.requeue(connection, job.id, job.fence, reason)
+                if jobs.requeue(connection, job.id, job.fence, reason, heartbeat=job.heartbeat):
+                    logger.warning("job %s goes back to the queue: %s", job.id, reason)
 
     def _claim(self) -> None:
         while True:
-            room = self._room()
-            if room.slots < 1:
-                return
-            with self.engine.connect() as connection:
-                if not jobs.queued_jobs(connection):
-                    return
             with transaction(self.engine) as connection:
-                job = queue.claim_next(connection, self.name, room)
+                for job_id in jobs.fail_exhausted(connection, self.settings.max_job_attempts):
+                    logger.error("job %s was tried too often and is failed", job_id)
+                job = queue.claim_next(connection, self.name, self._room(), idle=not self._held)
             if job is None:
                 return
             logger.info("job %s: attempt %d begins", job.id, job.attempts)
-            self._held[job.id] = _Held(job, self._executor.submit(job), time.monotonic())
+            try:
+                attempt = self._executor.submit(job)
+            except OSError as error:  # not the job's fault, so it does not count
+                reason = f"Attempt {job.attempts} could not be started: {error}"
+                with transaction(self.engine) as connection:
+                    jobs.requeue(connection, job.id, job.fence, reason, lost=False)
+                raise
+            self._held[job.id] = _Held(job, attempt, time.monotonic())
 
     def _room(self) -> queue.Capacity:
         cores = sum(held.job.cores for held in self._held.values())
@@ -177,20 +191,34 @@ class Worker:
 
 
 def run_worker(settings: Settings, *, name: str | None = None) -> None:
-    """Take up jobs until SIGTERM or SIGINT; then the running ones go back to the queue."""
+    """Take up jobs until SIGTERM or SIGINT; then the running ones go back to the queue.
+
+    Args:
+        name: what the worker is called in the rows it holds; None makes one of host and process.
+    Raises:
+        StoreError: the database has another schema than this code.
+    """
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
     engine = connect(settings.effective_database_url)
+    check_version(engine)
     name = name or f"{socket.gethostname()}-{os.getpid()}"
-    worker = Worker(settings, engine, name, LocalExecutor(settings))
+    run(Worker(settings, engine, name, LocalExecutor(settings)), lambda: bool(asked))
+    engine.dispose()
+
+
+def run(worker: Worker, until: Callable[[], bool], *, poll_seconds: float = POLL_SECONDS) -> None:
+    """Tick until the condition holds, then shut the worker down."""
     try:
-        while not asked:
+        while not until():
+            pause = poll_seconds
             try:
                 worker.tick()
-            except OperationalError:  # a full disk or a database that is away: the service lives
-                logger.exception("the database does not answer; trying again")
-            time.sleep(POLL_SECONDS)
+            except (SQLAlchemyError, OSError):
+                # A full disk, a database that is away, no process to be had: the worker lives on.
+                logger.exception("the worker could not do its round; it tries again")
+                pause = max(pause, PAUSE_SECONDS)
+            time.sleep(pause)
     finally:
         worker.shut_down()
-        engine.dispose()

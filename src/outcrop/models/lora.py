@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,10 @@ class LoraLinear(nn.Module):
         """Return the layer's output for x of shape (..., I)."""
         if self.lora_a is None:
             return torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
-        y: Tensor = _AdaptedMatmul.apply(
+        apply: Callable[..., Tensor] = _AdaptedMatmul.apply
+        return apply(
             x, self.linear.weight, self.linear.bias, self.lora_a, self.lora_b, self.scaling
         )
-        return y
 
 
 class _AdaptedMatmul(torch.autograd.Function):
@@ -294,11 +294,7 @@ def _adaptable(model: nn.Module, targets: tuple[str, ...]) -> dict[str, LoraLine
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    return {name: layer for name, layer in _walk(model) if isinstance(layer, LoraLinear)}
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from list(model.named_modules())
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Where a running part of the service can be reached, for processes that did not start it.
 
-One small file a part in `<data_dir>/run/`, with the process id beside the URL, so that a file left behind by a
-killed process is not taken for a running one.
+One small file a part in `<data_dir>/run/`, with the process id beside the URL, so that a file
+left behind by a killed process is not taken for a running one.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import logging
 from collections import OrderedDict
 from pathlib import Path
 
+import torch
+
 from outcrop.errors import ModelError
 from outcrop.models.lora import ADAPTER_CONFIG, Adapter, load_adapter, set_adapter
 from outcrop.serve.network import Network, load_network
@@ -25,8 +27,11 @@ MAX_ADAPTER_BYTES = 512 * 2**20
 class Adapters:
     """The networks of one model server. Used from one thread."""
 
-    def __init__(self, base: Network, max_bytes: int = MAX_ADAPTER_BYTES) -> None:
+    def __init__(
+        self, base: Network, *, dtype: torch.dtype | None, max_bytes: int = MAX_ADAPTER_BYTES
+    ) -> None:
         self._base = base
+        self._dtype = dtype
         self._max_bytes = max_bytes
         self._kept: OrderedDict[str, Adapter] = OrderedDict()
         self._set: str | None = None
@@ -57,7 +62,7 @@ class Adapters:
             return self._base
         folder = Path(artifact)
         if not (folder / ADAPTER_CONFIG).is_file() and (folder / "config.json").is_file():
-            network = load_network(folder)
+            network = load_network(folder, self._dtype)
             self.num_loaded += 1
             self._own = (artifact, network)
             return network

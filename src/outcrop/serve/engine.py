@@ -152,7 +152,7 @@ class TorchEngine:
         self.renderer = Renderer(folder)
         network = load_network(folder, dtype)
         self.max_context = network.max_context
-        self._adapters = Adapters(network, max_adapter_bytes)
+        self._adapters = Adapters(network, dtype=dtype, max_bytes=max_adapter_bytes)
         self._threads = threads
         self._max_waiting = max_waiting
         self._lock = threading.Condition()

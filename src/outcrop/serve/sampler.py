@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from outcrop.serve.request import SamplingParams
 
 ROUNDING = 1e-9
-"""Relative room for the rounding of probabilities that are all equal."""
+"""Room for the rounding of sums: a mass that lacks no more than this of `top_p` has reached it."""
 
 
 def new_generator(seed: int | None) -> torch.Generator:
@@ -73,7 +73,7 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tens
         floor = (1 - params.top_p) / len(probabilities_K) * (1 - ROUNDING)
         ids_K, probabilities_K = _sorted(ids_K, probabilities_K, probabilities_K >= floor)
         before_K = nn.functional.pad(probabilities_K.cumsum(0)[:-1], (1, 0))
-        inside_K = before_K < params.top_p
+        inside_K = before_K < params.top_p - ROUNDING
         inside_K[0] = True
         ids_K, probabilities_K = ids_K[inside_K], probabilities_K[inside_K]
     return ids_K, probabilities_K / probabilities_K.sum()

@@ -1,43 +1,54 @@
 """The database: one SQLAlchemy URL, SQLite by default, PostgreSQL for more machines.
 
-SQLite runs in WAL mode, so that readers never wait for a writer. `synchronous=FULL` syncs the log at every
-commit: what was acknowledged survives not only a killed process but a power cut. That costs about a millisecond a
-write on a solid-state disk, and nothing here writes more than a few times a second.
+SQLite runs in WAL mode, so that readers never wait for a writer, and with `synchronous=FULL`, which
+syncs the log at every commit: what was acknowledged survives a power cut, not only a killed
+process. @@COST@@
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 
 from outcrop.errors import StoreError
-from outcrop.store.migrations import MIGRATIONS
-from outcrop.store.tables import metadata, schema_version
+from outcrop.store.migrations import MIGRATIONS, Migration
+from outcrop.store.tables import schema_version
 
 logger = logging.getLogger("outcrop.store")
 
 BUSY_SECONDS = 30.0
 """How long a writer waits for another one before it gives up."""
+MAX_CONNECTIONS = 64
+"""Of one process; above the gateway's 40 threads, so that none waits for a connection."""
 
 
 def connect(url: str) -> Engine:
-    """Return an engine for the URL; it connects at the first use and is safe for several threads."""
+    """Return an engine for the URL; it connects at the first use, and threads may share it."""
+    limits = {"pool_size": 8, "max_overflow": MAX_CONNECTIONS - 8}
     if not url.startswith("sqlite"):
-        return sa.create_engine(url, pool_pre_ping=True)
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+        return sa.create_engine(url, pool_pre_ping=True, **limits)
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS}, **limits)
+    assert engine.url.database, "the database must be a file"
+    file = Path(engine.url.database)
+
+    @event.listens_for(engine, "do_connect")
+    def _make_private(*arguments: object) -> None:
+        # It holds secret access keys. SQLite gives its log the mode of the database itself.
+        if file.parent.is_dir():
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, record: object) -> None:
-        # The driver's own BEGIN is deferred: two such transactions that both come to write fail at once instead
-        # of waiting. transaction() begins explicitly.
+        # The driver's own BEGIN is deferred: two such transactions that both come to write fail at
+        # once instead of waiting. transaction() begins explicitly.
         connection.isolation_level = None
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
@@ -53,59 +64,109 @@ def connect(url: str) -> Engine:
 
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
-    """Open a transaction that may write; it commits at the end of the block, or rolls back on an exception.
+    """Open a transaction that may write; it commits at the end, or rolls back on an exception.
 
-    On SQLite it takes the write lock at once, so that what was read in it still holds when it writes.
+    On SQLite it takes the write lock at once, so that what was read in it still holds when it
+    writes. On PostgreSQL see `lock_account`.
     """
     with engine.connect().execution_options(immediate=True) as connection, connection.begin():
         yield connection
 
 
-def migrate(engine: Engine, backup_dir: Path | None = None) -> None:
-    """Bring the database to this code's schema.
+def lock_account(connection: Connection, account: str, region: str) -> None:
+    """Let no other transaction create or delete resources of this account until this one ends.
+
+    Names and quotas are counted before a row is written; without this, two transactions on
+    PostgreSQL could both count before either writes. On SQLite the write lock is that already.
+    """
+    _advisory_lock(connection, f"{account}/{region}")
+
+
+def migrate(
+    engine: Engine,
+    backup_dir: Path | None = None,
+    *,
+    migrations: Sequence[Migration] = MIGRATIONS,
+) -> None:
+    """Bring the database to this code's schema, in one transaction.
 
     Args:
-        backup_dir: receives a copy of an older SQLite database before it is changed; None makes no copy.
+        backup_dir: receives a copy of an older SQLite database before it is changed; None makes
+            no copy.
     Raises:
         StoreError: the database is newer than this code.
     """
-    newest = len(MIGRATIONS)
+    newest = len(migrations)
     current = _version(engine)
-    if current > newest:
-        raise StoreError(
-            f"The database has schema version {current}, and this version of Outcrop knows up to "
-            f"{newest}. Start the version that wrote it, or a newer one."
-        )
+    _refuse_newer(current, newest)
     if current == newest:
         return
     if current > 0 and backup_dir is not None and engine.dialect.name == "sqlite":
         _copy(engine, backup_dir, current)
     with transaction(engine) as connection:
+        _advisory_lock(connection, "schema")
+        schema_version.create(connection, checkfirst=True)
+        current = _read_version(connection)  # another process may have been faster
         for number in range(current + 1, newest + 1):
-            MIGRATIONS[number - 1](connection)
+            migrations[number - 1](connection)
             connection.execute(
                 sa.insert(schema_version).values(version=number, applied_at=datetime.now(UTC))
             )
             logger.info("database migrated to schema version %d", number)
 
 
+def check_version(engine: Engine) -> None:
+    """Refuse a database that this code cannot work with; for processes that do not migrate it.
+
+    Raises:
+        StoreError: it is older or newer than this code.
+    """
+    current, newest = _version(engine), len(MIGRATIONS)
+    _refuse_newer(current, newest)
+    if current < newest:
+        raise StoreError(
+            f"The database has schema version {current}, and this version of Outcrop needs "
+            f"{newest}. `outcrop serve` brings it up to date."
+        )
+
+
+def _refuse_newer(current: int, newest: int) -> None:
+    if current > newest:
+        raise StoreError(
+            f"The database has schema version {current}, and this version of Outcrop knows up to "
+            f"{newest}. Start the version that wrote it, or a newer one."
+        )
+
+
 def _version(engine: Engine) -> int:
-    if not sa.inspect(engine).has_table(schema_version.name):
-        with transaction(engine) as connection:
-            metadata.create_all(connection, tables=[schema_version])
-        return 0
     with engine.connect() as connection:
-        found: Any = connection.execute(sa.select(sa.func.max(schema_version.c.version))).scalar()
+        if not sa.inspect(connection).has_table(schema_version.name):
+            return 0
+        return _read_version(connection)
+
+
+def _read_version(connection: Connection) -> int:
+    found = connection.execute(sa.select(sa.func.max(schema_version.c.version))).scalar()
     return int(found or 0)
+
+
+def _advisory_lock(connection: Connection, name: str) -> None:
+    if connection.dialect.name == "postgresql":
+        lock = sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"outcrop/{name}", 0))
+        connection.execute(sa.select(lock))
 
 
 def _copy(engine: Engine, backup_dir: Path, version: int) -> None:
     file = engine.url.database
     assert file is not None
     backup_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     target = backup_dir / f"outcrop-v{version}-{stamp}.sqlite3"
-    with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(target)) as copy:
-        source.backup(copy)
-    target.chmod(0o600)
+    descriptor = os.open(target, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     logger.info("the database of schema version %d was copied to %s", version, target)

@@ -1,4 +1,6 @@
-"""What happened to jobs, in order: the outbox from which notifications are sent, and the list their owner reads."""
+"""What happened to jobs, in order: the outbox from which notifications are sent, and the list
+their owner reads.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +57,14 @@ def list_events(
         .limit(limit)
     )
     return [from_row(JobEvent, row) for row in connection.execute(query)]
+
+
+def last_message(connection: Connection, job_id: str, type: str) -> str:
+    """Return the message of a job's last event of a type; "" where there is none."""
+    query = (
+        sa.select(_TABLE.c.message)
+        .where(_TABLE.c.job_id == job_id, _TABLE.c.type == type)
+        .order_by(_TABLE.c.id.desc())
+        .limit(1)
+    )
+    return connection.execute(query).scalar() or ""

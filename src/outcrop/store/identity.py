@@ -1,4 +1,6 @@
-"""Rows of users, access keys, roles and their inline policies. What they mean is decided in identity/."""
+"""Rows of users, access keys, roles and their inline policies. What they mean is decided in
+identity/.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
 
-from outcrop.errors import ConflictException
+from outcrop.errors import ResourceNotFoundException
 from outcrop.store import tables
 from outcrop.store.rows import from_row
 
@@ -64,14 +66,9 @@ def users(connection: Connection, account: str) -> list[User]:
 
 
 def put_user(connection: Connection, account: str, name: str) -> None:
-    """Make a user.
-
-    Raises:
-        ConflictException: the name is taken.
-    """
-    if any(user.name == name for user in users(connection, account)):
-        raise ConflictException(f"The user {name} exists already in account {account}.")
-    _insert(connection, tables.iam_user, account, name=name, created_at=datetime.now(UTC))
+    """Make a user; one of that name that exists stays as it is."""
+    if not _user_exists(connection, account, name):
+        _insert(connection, tables.iam_user, account, name=name, created_at=datetime.now(UTC))
 
 
 def delete_user(connection: Connection, account: str, name: str) -> None:
@@ -97,7 +94,13 @@ def access_keys(connection: Connection, account: str, user: str) -> list[AccessK
 def put_access_key(
     connection: Connection, account: str, user: str, access_key_id: str, secret: str
 ) -> None:
-    """Make an access key."""
+    """Make an access key.
+
+    Raises:
+        ResourceNotFoundException: there is no such user.
+    """
+    if not _user_exists(connection, account, user):
+        raise ResourceNotFoundException(f"The user {user} does not exist in account {account}.")
     _insert(
         connection,
         tables.access_key,
@@ -194,6 +197,10 @@ def delete_policy(
         owner_name=owner_name,
         name=policy_name,
     )
+
+
+def _user_exists(connection: Connection, account: str, name: str) -> bool:
+    return any(user.name == name for user in users(connection, account))
 
 
 def _where(table: Table, account: str, **values: object) -> list[sa.ColumnElement[bool]]:

@@ -1,30 +1,46 @@
 """Jobs: created once, claimed by one worker at a time, ended once.
 
-Every write that changes a state names the state it was decided on, and an attempt's writes name its fence: a number
-that grows with each claim. A write that finds another state or fence changes nothing and returns False. Recovery runs
-nothing: it puts the row back into the queue, so that a recovered job starts by the same claim as a new one.
+Every write that changes a state names the state it was decided on, and an attempt's writes name
+its fence: a number that grows with each claim. A write that finds another state or fence changes
+nothing and returns False. Recovery runs
+nothing: it puts the row back into the queue, so that a recovered job starts by the same claim as
+    a new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
 
 from outcrop.errors import ConflictException, ServiceQuotaExceededException
 from outcrop.store import events, models, tables, tokens
+from outcrop.store.database import lock_account
 from outcrop.store.listing import list_page
-from outcrop.store.rows import Job, JobStatus, NewCustomModel, NewJob, Page, Stage, from_row
+from outcrop.store.rows import (
+    Job,
+    JobStatus,
+    LiveJob,
+    NewCustomModel,
+    NewJob,
+    Page,
+    Stage,
+    from_row,
+)
 from outcrop.store.tokens import RequestToken
 
 _TABLE = tables.job
 _STAGE = tables.job_stage
 LIVE: tuple[JobStatus, ...] = ("queued", "running", "stopping")
 """The statuses of a job that has not ended."""
+HELD: tuple[JobStatus, ...] = ("running", "stopping")
+"""The statuses of a job that a worker holds."""
+MAX_FAILURE_MESSAGE = 2048
+"""Characters. Source: botocore's `ErrorMessage` shape of bedrock."""
 
 
 def create_job(
@@ -37,11 +53,13 @@ def create_job(
     """Queue a job; a request that was seen before returns the job it made then.
 
     Args:
-        max_custom_models: how many models the account may have, those being made included; None is no limit.
+        max_custom_models: how many models the account may have, those being made included; None
+            is no limit.
     Raises:
         ConflictException: the job's or the model's name is taken, or the token was used otherwise.
         ServiceQuotaExceededException: there are as many models as allowed.
     """
+    lock_account(connection, new.account, new.region)
     replayed = tokens.find_replay(connection, token)
     if replayed is not None:
         job = get_job_by_id(connection, replayed)
@@ -52,21 +70,22 @@ def create_job(
         _check_model_quota(connection, new, max_custom_models)
     now = datetime.now(UTC)
     values = {name: value for name, value in vars(new).items() if name != "stages"}
-    try:
-        connection.execute(
-            sa.insert(_TABLE).values(
-                **values,
-                status="queued",
-                progress={},
-                created_at=now,
-                last_modified_at=now,
-                attempts=0,
-                fence=0,
-                heartbeat=0,
-            )
+    last_number = sa.select(sa.func.coalesce(sa.func.max(_TABLE.c.number), 0))
+    connection.execute(
+        sa.insert(_TABLE).values(
+            **values,
+            status="queued",
+            progress={},
+            created_at=now,
+            last_modified_at=now,
+            attempts=0,
+            lost_attempts=0,
+            fence=0,
+            heartbeat=0,
+            number=connection.execute(last_number).scalar_one() + 1,
+            claim_number=0,
         )
-    except IntegrityError:  # two that came at once, where the database lets them
-        raise _name_in_use("job") from None
+    )
     for position, stage in enumerate(new.stages):
         connection.execute(
             sa.insert(_STAGE).values(
@@ -147,23 +166,29 @@ def stages(connection: Connection, job_id: str) -> dict[str, Stage]:
     return {row.stage: from_row(Stage, row) for row in connection.execute(query)}
 
 
-def queued_jobs(connection: Connection) -> list[Job]:
-    """Return all jobs that wait, oldest first."""
-    query = sa.select(_TABLE).where(_TABLE.c.status == "queued")
-    rows = connection.execute(query.order_by(_TABLE.c.created_at, _TABLE.c.id))
-    return [from_row(Job, row) for row in rows]
+def live_jobs(connection: Connection, statuses: Sequence[JobStatus] = LIVE) -> list[LiveJob]:
+    """Return the jobs of all accounts that have not ended, in the order they were created."""
+    columns = [_TABLE.c[item.name] for item in fields(LiveJob)]
+    query = sa.select(*columns).where(_TABLE.c.status.in_(statuses))
+    rows = connection.execute(query.order_by(_TABLE.c.number, _TABLE.c.id))
+    return [from_row(LiveJob, row) for row in rows]
 
 
-def held_jobs(connection: Connection) -> list[Job]:
-    """Return all jobs that a worker holds."""
-    query = sa.select(_TABLE).where(_TABLE.c.status.in_(("running", "stopping")))
-    rows = connection.execute(query.order_by(_TABLE.c.created_at, _TABLE.c.id))
-    return [from_row(Job, row) for row in rows]
+def last_claims(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
+    """Return the number of each account's last claim, which grows from claim to claim."""
+    columns = _TABLE.c
+    query = (
+        sa.select(columns.account, sa.func.max(columns.claim_number).label("last"))
+        .where(columns.account.in_(accounts))
+        .group_by(columns.account)
+    )
+    return {row.account: row.last for row in connection.execute(query)}
 
 
-def claim(connection: Connection, job: Job, worker: str) -> Job | None:
+def claim(connection: Connection, job: LiveJob, worker: str) -> Job | None:
     """Take a queued job for a worker under a new fence; None where another was faster."""
-    now = datetime.now(UTC)
+    every = _TABLE.alias("every")
+    last_claim = sa.select(sa.func.max(every.c.claim_number)).scalar_subquery()
     query = (
         sa.update(_TABLE)
         .where(_TABLE.c.id == job.id, _TABLE.c.status == "queued", _TABLE.c.fence == job.fence)
@@ -172,17 +197,17 @@ def claim(connection: Connection, job: Job, worker: str) -> Job | None:
             worker=worker,
             fence=_TABLE.c.fence + 1,
             attempts=_TABLE.c.attempts + 1,
+            claim_number=last_claim + 1,
             heartbeat=0,
-            last_modified_at=now,
+            last_modified_at=datetime.now(UTC),
         )
     )
     if connection.execute(query).rowcount != 1:
         return None
     claimed = get_job_by_id(connection, job.id)
     assert claimed is not None
-    _event(
-        connection, job.id, "INFO", "Started", f"Attempt {claimed.attempts} was taken up by {worker}."
-    )
+    message = f"Attempt {claimed.attempts} was taken up by {worker}."
+    _event(connection, job.id, "INFO", "Started", message)
     return claimed
 
 
@@ -199,10 +224,15 @@ def heartbeat(connection: Connection, job_id: str, fence: int) -> JobStatus | No
 
 def request_stop(connection: Connection, job_id: str) -> bool:
     """Ask a job to stop: a queued one ends at once. False where it has ended or is stopping."""
+    # Again, because between the looks a lost attempt may have put a running job back in the queue.
+    return any(_ask_to_stop(connection, job_id) for _ in range(2))
+
+
+def _ask_to_stop(connection: Connection, job_id: str) -> bool:
     now = datetime.now(UTC)
     if _move(connection, job_id, "queued", status="stopped", ended_at=now, last_modified_at=now):
         _set_live_stages(connection, job_id, "Stopped")
-        _event(connection, job_id, "INFO", "Stopped", "Stopped before it was taken up.")
+        _event(connection, job_id, "INFO", "Stopped", "Stopped while it waited for a worker.")
         return True
     if _move(connection, job_id, "running", status="stopping", last_modified_at=now):
         _set_live_stages(connection, job_id, "Stopping")
@@ -211,18 +241,44 @@ def request_stop(connection: Connection, job_id: str) -> bool:
     return False
 
 
-def requeue(connection: Connection, job_id: str, fence: int, reason: str) -> bool:
-    """Give a held job back to the queue under the same fence; one that was stopping ends as stopped."""
-    if end_stopped(connection, job_id, fence):
+def requeue(
+    connection: Connection,
+    job_id: str,
+    fence: int,
+    reason: str,
+    *,
+    lost: bool = True,
+    heartbeat: int | None = None,
+) -> bool:
+    """Put a held job back in the queue; one that was stopping ends as stopped.
+
+    Args:
+        reason: what became of its attempt, for the job's owner.
+        lost: the attempt ended by itself, so it counts towards `max_job_attempts`; False where it
+            was ended in good order.
+        heartbeat: the heartbeat at which the holder was found dead; None where that is certain.
+    Returns:
+        False where the fence, or the heartbeat, is another one by now.
+    """
+    as_seen = [*_held(job_id, fence)]
+    if heartbeat is not None:
+        as_seen.append(_TABLE.c.heartbeat == heartbeat)
+    if _end_stopped(connection, job_id, as_seen):
         return True
     query = (
         sa.update(_TABLE)
-        .where(*_held(job_id, fence))
-        .values(status="queued", worker=None, last_modified_at=datetime.now(UTC))
+        .where(*as_seen, _TABLE.c.status == "running")
+        .values(
+            status="queued",
+            worker=None,
+            lost_attempts=_TABLE.c.lost_attempts + int(lost),
+            last_modified_at=datetime.now(UTC),
+        )
     )
     if connection.execute(query).rowcount != 1:
         return False
-    _event(connection, job_id, "WARN", "Requeued", reason)
+    _set_live_stages(connection, job_id, "NotStarted")
+    _event(connection, job_id, "WARN" if lost else "INFO", "Requeued", reason)
     return True
 
 
@@ -231,14 +287,40 @@ def release_worker(connection: Connection, worker: str | None = None) -> int:
 
     Returns how many there were.
     """
-    held = [job for job in held_jobs(connection) if worker in (None, job.worker)]
+    held = [job for job in live_jobs(connection, HELD) if worker in (None, job.worker)]
     reason = "The worker that held the job has ended."
     return sum(requeue(connection, job.id, job.fence, reason) for job in held)
 
 
-def advance_stage(
-    connection: Connection, job_id: str, fence: int, stage: str, status: str
-) -> bool:
+def fail_exhausted(connection: Connection, max_attempts: int) -> list[str]:
+    """Fail the queued jobs that lost so many attempts; returns their ids.
+
+    Done before a job is claimed, so that it covers every way in which an attempt can be lost.
+    """
+    failed = []
+    for job in live_jobs(connection, ("queued",)):
+        if job.lost_attempts < max_attempts:
+            continue
+        message = (
+            f"The job was tried {job.lost_attempts} times, and each time its process ended before "
+            "the job did, so it is not tried again. The last time: "
+            f"{events.last_message(connection, job.id, 'Requeued')}"
+        )
+        if _move(
+            connection,
+            job.id,
+            "queued",
+            status="failed",
+            failure_message=message[:MAX_FAILURE_MESSAGE],
+            ended_at=(now := datetime.now(UTC)),
+            last_modified_at=now,
+        ):
+            _event(connection, job.id, "ERROR", "Failed", message)
+            failed.append(job.id)
+    return failed
+
+
+def advance_stage(connection: Connection, job_id: str, fence: int, stage: str, status: str) -> bool:
     """Move a stage on. False where the lease is lost."""
     if not _is_held(connection, job_id, fence):
         return False
@@ -249,9 +331,7 @@ def advance_stage(
     if begun is None:
         values["created_at"] = now
     connection.execute(sa.update(_STAGE).where(*mine).values(**values))
-    connection.execute(
-        sa.update(_TABLE).where(_TABLE.c.id == job_id).values(last_modified_at=now)
-    )
+    connection.execute(sa.update(_TABLE).where(_TABLE.c.id == job_id).values(last_modified_at=now))
     _event(connection, job_id, "INFO", f"{stage}:{status}", f"Stage {stage} is {status}.")
     return True
 
@@ -280,6 +360,7 @@ def complete_job(
 
     False where the lease is lost or the job was asked to stop.
     """
+    lock_account(connection, model.account, model.region)
     now = datetime.now(UTC)
     query = (
         sa.update(_TABLE)
@@ -295,14 +376,21 @@ def complete_job(
 
 
 def fail_job(connection: Connection, job_id: str, fence: int, message: str) -> bool:
-    """End a held job as failed; one that was stopping ends as stopped. False where the lease is lost."""
+    """End a held job as failed; one that was stopping ends as stopped. False where the lease is
+    lost.
+    """
     if end_stopped(connection, job_id, fence):
         return True
     now = datetime.now(UTC)
     query = (
         sa.update(_TABLE)
         .where(*_held(job_id, fence))
-        .values(status="failed", failure_message=message, ended_at=now, last_modified_at=now)
+        .values(
+            status="failed",
+            failure_message=message[:MAX_FAILURE_MESSAGE],
+            ended_at=now,
+            last_modified_at=now,
+        )
     )
     if connection.execute(query).rowcount != 1:
         return False
@@ -313,10 +401,16 @@ def fail_job(connection: Connection, job_id: str, fence: int, message: str) -> b
 
 def end_stopped(connection: Connection, job_id: str, fence: int) -> bool:
     """End a job that was asked to stop. False where it was not, or the lease is lost."""
+    return _end_stopped(connection, job_id, _held(job_id, fence))
+
+
+def _end_stopped(
+    connection: Connection, job_id: str, as_seen: Sequence[sa.ColumnElement[bool]]
+) -> bool:
     now = datetime.now(UTC)
     query = (
         sa.update(_TABLE)
-        .where(_TABLE.c.id == job_id, _TABLE.c.fence == fence, _TABLE.c.status == "stopping")
+        .where(*as_seen, _TABLE.c.status == "stopping")
         .values(status="stopped", ended_at=now, last_modified_at=now)
     )
     if connection.execute(query).rowcount != 1:
@@ -331,7 +425,7 @@ def _held(job_id: str, fence: int) -> tuple[sa.ColumnElement[bool], ...]:
     return (
         columns.id == job_id,
         columns.fence == fence,
-        columns.status.in_(("running", "stopping")),
+        columns.status.in_(HELD),
     )
 
 
@@ -352,8 +446,6 @@ def _set_live_stages(connection: Connection, job_id: str, status: str) -> None:
         .where(_STAGE.c.job_id == job_id, _STAGE.c.status.in_(("InProgress", "Stopping")))
         .values(status=status, last_modified_at=datetime.now(UTC))
     )
-
-
 
 
 def _check_names(connection: Connection, new: NewJob) -> None:

@@ -1,4 +1,6 @@
-"""Pages of a list, by key: the next page begins after the last row of this one, whatever came or went meanwhile."""
+"""Pages of a list, by key: the next page begins after the last row of this one, whatever came
+or went meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -60,5 +62,3 @@ def list_page(
         return Page(items, None)
     last_row: Any = rows[limit - 1]
     return Page(items, (to_microseconds(last_row.created_at), last_row.id))
-
-

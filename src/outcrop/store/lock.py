@@ -1,4 +1,6 @@
-"""One service a data directory: a lock that the kernel gives back when its holder ends, however it ends."""
+"""One service a data directory: a lock that the kernel gives back when its holder ends, however
+it ends.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             raise StoreError(
-                f"{data_dir} is in use by another `outcrop serve`, process {holder}. End that one, or "
+                f"{data_dir} is in use by another `outcrop serve`, process {holder}. End that "
+                "one, or "
                 "give this one a directory of its own with --data-dir."
             ) from None
         os.ftruncate(descriptor, 0)

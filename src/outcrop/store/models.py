@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 from outcrop.errors import ConflictException
 from outcrop.ids import parse_arn
 from outcrop.store import tables
+from outcrop.store.database import lock_account
 from outcrop.store.listing import list_page
 from outcrop.store.rows import CustomModel, NewCustomModel, Page, from_row
 from outcrop.store.tags import put_tags, remove_tags
@@ -91,9 +92,7 @@ def list_models(
 
 def count_models(connection: Connection, account: str, region: str) -> int:
     """Return how many models an account has in a region."""
-    query = sa.select(sa.func.count()).where(
-        _TABLE.c.account == account, _TABLE.c.region == region
-    )
+    query = sa.select(sa.func.count()).where(_TABLE.c.account == account, _TABLE.c.region == region)
     return int(connection.execute(query).scalar_one())
 
 
@@ -106,8 +105,10 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
     """Delete a model and its tags.
 
     Raises:
-        ConflictException: provisioned throughputs use it; the message names them.
+        ConflictException: provisioned throughputs use it, or jobs that have not ended start from
+            it; the message names them.
     """
+    lock_account(connection, model.account, model.region)
     columns = tables.throughput.c
     users = sa.select(columns.name).where(
         columns.account == model.account,
@@ -120,5 +121,22 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
             f"The custom model {model.name} is in use by provisioned throughput: "
             f"{', '.join(names)}. Delete that first."
         )
+    names = _jobs_from(connection, model)
+    if names:
+        raise ConflictException(
+            f"The custom model {model.name} is what jobs start from: {', '.join(names)}. Stop "
+            "them, or wait for their end."
+        )
     connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == model.id))
     remove_tags(connection, model.account, model.region, model.arn)
+
+
+def _jobs_from(connection: Connection, model: CustomModel) -> list[str]:
+    columns = tables.job.c
+    live = sa.select(columns.name, columns.spec).where(
+        columns.account == model.account,
+        columns.region == model.region,
+        columns.status.in_(("queued", "running", "stopping")),
+    )
+    rows = connection.execute(live.order_by(columns.number))
+    return [row.name for row in rows if row.spec.get("baseModelArn") == model.arn]

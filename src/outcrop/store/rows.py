@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import sqlalchemy as sa
 
@@ -60,11 +60,28 @@ class Job:
     ended_at: datetime | None
     attempts: int
     """How often a worker has claimed it."""
+    lost_attempts: int
+    """How many of them ended without having ended the job and without having been asked to."""
     worker: str | None
     fence: int
     """Grows with every claim; writes of an older claim change nothing."""
     heartbeat: int
     """Grows while its holder lives."""
+    cores: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class LiveJob:
+    """What the queue needs to know of a job that has not ended."""
+
+    id: str
+    account: str
+    status: JobStatus
+    worker: str | None
+    fence: int
+    heartbeat: int
+    lost_attempts: int
     cores: int
     memory_bytes: int
 
@@ -205,4 +222,5 @@ class Page(Generic[T]):
 
 def from_row(cls: type[T], row: sa.Row[Any]) -> T:
     """Build a dataclass from the columns of the same names."""
-    return cls(**{item.name: getattr(row, item.name) for item in fields(cls)})  # type: ignore[arg-type]
+    names = [item.name for item in fields(cast(Any, cls))]
+    return cls(**{name: getattr(row, name) for name in names})

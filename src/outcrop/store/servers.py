@@ -1,7 +1,9 @@
-"""Model servers that are wanted, and those that run: how the gateway asks, and the supervisor answers.
+"""Model servers that are wanted, and those that run: how the gateway asks, and the supervisor
+answers.
 
-The gateway never starts a process. It writes that it wants the server of some base weights; `outcrop serve` starts it
-and writes where it listens. Rows belong to the service, not to an account.
+The gateway never starts a process. It writes that it wants the server of some base weights;
+`outcrop serve` starts it and writes where it listens. Rows belong to the service, not to an
+account.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
 
 from outcrop.store import tables
 from outcrop.store.rows import ModelServer, from_row
@@ -20,21 +23,29 @@ REGION = "local"
 
 def want(connection: Connection, key: str) -> None:
     """Ask for a server; nothing changes where one is wanted, starting or ready already."""
-    row = get(connection, key)
     now = datetime.now(UTC)
-    if row is None:
-        connection.execute(
-            sa.insert(_TABLE).values(
-                account=tables.SERVICE_ACCOUNT,
-                region=REGION,
-                key=key,
-                state="wanted",
-                wanted_at=now,
-                last_used_at=now,
-            )
+    if _update(
+        *(connection, key),
+        from_state="failed",
+        state="wanted",
+        wanted_at=now,
+        last_used_at=now,
+        error=None,
+    ):
+        return
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    connection.execute(
+        insert(_TABLE)
+        .values(
+            account=tables.SERVICE_ACCOUNT,
+            region=REGION,
+            key=key,
+            state="wanted",
+            wanted_at=now,
+            last_used_at=now,
         )
-    elif row.state == "failed":
-        _update(connection, key, state="wanted", wanted_at=now, last_used_at=now, error=None)
+        .on_conflict_do_nothing()  # another request may want it at the same instant
+    )
 
 
 def get(connection: Connection, key: str) -> ModelServer | None:
@@ -57,9 +68,7 @@ def mark_starting(connection: Connection, key: str, address: str) -> bool:
 def mark_ready(connection: Connection, key: str, pid: int) -> bool:
     """Say that a starting server answers at its address."""
     now = datetime.now(UTC)
-    return _update(
-        connection, key, from_state="starting", state="ready", pid=pid, last_used_at=now
-    )
+    return _update(connection, key, from_state="starting", state="ready", pid=pid, last_used_at=now)
 
 
 def mark_failed(connection: Connection, key: str, error: str) -> bool:

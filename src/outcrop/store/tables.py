@@ -1,6 +1,7 @@
 """Every table. Account and region are in each of them and in every unique key.
 
-Instants are stored as integers, microseconds since 1970 in UTC: they sort, compare and index alike in every database.
+Instants are stored as integers, microseconds since 1970 in UTC: they sort, compare and index
+alike in every database.
 """
 
 from __future__ import annotations
@@ -126,16 +127,30 @@ job = sa.Table(
     _required("last_modified_at", Instant),
     sa.Column("ended_at", Instant),
     # The queue: who holds the job, under which fence, and whether the holder still lives.
-    _required("attempts", sa.Integer, default=0),
+    _required("attempts", sa.Integer),
     sa.Column("worker", sa.String(128)),
-    _required("fence", sa.Integer, default=0),
-    _required("heartbeat", sa.BigInteger, default=0),
+    _required("fence", sa.Integer),
+    _required("heartbeat", sa.BigInteger),
     _required("cores", sa.Integer),
     _required("memory_bytes", sa.BigInteger),
+    # Order without a clock: its place among all jobs, and that of its last claim among claims.
+    _required("number", sa.BigInteger, server_default="0"),
+    _required("claim_number", sa.BigInteger, server_default="0"),
+    _required("lost_attempts", sa.Integer, server_default="0"),
     sa.UniqueConstraint("account", "region", "kind", "name"),
     sa.UniqueConstraint("account", "region", "arn"),
-    sa.Index("job_queue", "status", "created_at"),
+    sa.Index("job_queue", "status", "number"),
+    sa.Index("job_turns", "account", "claim_number"),
     sa.Index("job_list", "account", "region", "kind", "created_at", "id"),
+)
+
+_being_made = sa.text("status IN ('queued', 'running', 'stopping')")
+sa.Index(
+    "job_model_being_made",
+    *(job.c.account, job.c.region, job.c.model_name),
+    unique=True,
+    sqlite_where=_being_made,
+    postgresql_where=_being_made,
 )
 
 job_stage = sa.Table(
@@ -156,7 +171,10 @@ job_event = sa.Table(
     "job_event",
     metadata,
     sa.Column(
-        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True
+        "id",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=True,
     ),
     *_scope(),
     _required("job_id", sa.String(12)),

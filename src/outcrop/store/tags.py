@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 
 from outcrop.errors import TooManyTagsException
 from outcrop.store import tables
+from outcrop.store.database import lock_account
 
 MAX_TAGS = 50
 """Source: the service model's TooManyTagsException; existing and requested tags count together."""
@@ -31,6 +32,7 @@ def put_tags(
     Raises:
         TooManyTagsException: the resource would have more than 50.
     """
+    lock_account(connection, account, region)
     check_tag_count(arn, list_tags(connection, account, region, arn).keys() | tags.keys())
     remove_tags(connection, account, region, arn, list(tags))
     rows = [

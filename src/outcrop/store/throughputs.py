@@ -13,6 +13,7 @@ from outcrop.errors import (
     ValidationException,
 )
 from outcrop.store import tables, tokens
+from outcrop.store.database import lock_account
 from outcrop.store.listing import list_page
 from outcrop.store.rows import NewProvisionedModel, Page, ProvisionedModel, from_row
 from outcrop.store.tags import remove_tags
@@ -35,16 +36,19 @@ def create_throughput(
         max_throughputs: throughputs without commitment that an account may have.
         max_model_units: units that one may have.
     Raises:
-        ValidationException: the name is taken. Source: the operation's modelled errors have no ConflictException.
+        ValidationException: the name is taken. Source: the operation's modelled errors have no
+            ConflictException.
         ServiceQuotaExceededException: a quota would be exceeded.
         ConflictException: the token was used otherwise.
     """
+    lock_account(connection, new.account, new.region)
     replayed = tokens.find_replay(connection, token)
     if replayed is not None:
         found = _by_id(connection, replayed)
         if found is None:
             raise ConflictException(
-                "The clientRequestToken belongs to a provisioned throughput that was deleted. Use a new token."
+                "The clientRequestToken belongs to a provisioned throughput that was deleted. "
+                "Use a new token."
             )
         return found
     mine = (_TABLE.c.account == new.account, _TABLE.c.region == new.region)
@@ -143,9 +147,7 @@ def mark_failed(connection: Connection, weights: str, message: str) -> int:
     return _end_creation(connection, weights, status="Failed", failure_message=message)
 
 
-def delete_throughput(
-    connection: Connection, found: ProvisionedModel, *, now: datetime
-) -> None:
+def delete_throughput(connection: Connection, found: ProvisionedModel, *, now: datetime) -> None:
     """Delete a throughput and its tags.
 
     Raises:

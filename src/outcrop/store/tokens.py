@@ -1,4 +1,6 @@
-"""Client request tokens: a repeated request gets the first one's answer, and nothing happens twice."""
+"""Client request tokens: a repeated request gets the first one's answer, and nothing happens
+twice.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def request_token(
 
 
 def find_replay(connection: Connection, token: RequestToken | None) -> str | None:
-    """Return the id of the resource that the token's first use made, or None where this is the first.
+    """Return the id of the resource that the token's first use made, or None where this is the
+    first.
 
     Raises:
         ConflictException: the token was used for another request. Source: ours; AWS does not say.

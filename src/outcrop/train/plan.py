@@ -106,8 +106,9 @@ def make_plan(
         has_validation: whether the job names validation data.
         method: "adapter" or "full"; what is trained is not among Bedrock's settings.
     Raises:
-        ValidationException: the model cannot be customized so, a name is unknown, a value is not a number of the wanted kind or out
-            of bounds, or a parameter without a default is missing. All findings are in one message.
+        ValidationException: the model cannot be customized so, a name is unknown, a value is not a
+            number of the wanted kind or out of bounds, or a parameter without a default is
+            missing. All findings about parameters are in one message.
     """
     if customization_type not in base.customizations:
         raise ValidationException(

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from tests.assets.tiny_examples import tiny_examples
+from tests.assets.tiny_model import VOCABULARY, frozen_tiny_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -20,13 +22,11 @@ from outcrop.evaluate.likelihood import (
     perplexity,
     token_losses,
 )
-from tests.assets.tiny_examples import tiny_examples
-from tests.assets.tiny_model import VOCABULARY, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return tiny_model().requires_grad_(False).eval()
+    return frozen_tiny_model()
 
 
 def losses(model: LlamaForCausalLM, *examples: Example) -> Tensor:

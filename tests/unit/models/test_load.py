@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.assets.tiny_model import write_tiny_model
 
 from outcrop.errors import ModelError
 from outcrop.models.load import compute_dtype, has_fast_bfloat16, load_base
-from tests.assets.tiny_model import write_tiny_model
 
 
 @pytest.fixture

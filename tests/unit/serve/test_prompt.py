@@ -1,0 +1,65 @@
+"""Prompts that fit their context, and those that are cut or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outcrop.data.records import Message
+from outcrop.data.render import Renderer
+from outcrop.errors import ValidationException
+from outcrop.serve.prompt import fit_prompt
+from outcrop.serve.request import SamplingParams, Truncate
+from tests.unit.serve.tiny_chat import write_tiny_chat
+
+CONTEXT = 120
+LONG = (Message("system", "Be brief."), Message("user", "START " + "abc " * 200 + " END"))
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    return Renderer(write_tiny_chat(tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize(
+    ("truncate", "kept", "lost"), [("start", "END", "START"), ("end", "START", "END")]
+)
+def test_the_wanted_end_of_the_last_message_is_cut_off(
+    renderer: Renderer, truncate: Truncate, kept: str, lost: str
+) -> None:
+    sampling = SamplingParams(max_tokens=20, truncate=truncate)
+    ids, max_tokens = fit_prompt(renderer, LONG, sampling, CONTEXT)
+    text = renderer.decode(ids)
+    assert (len(ids), max_tokens) == (CONTEXT - 20, 20)
+    assert "Be brief." in text
+    assert kept in text
+    assert lost not in text
+
+
+def test_a_prompt_that_fits_is_not_cut(renderer: Renderer) -> None:
+    short = (Message("user", "Hello"),)
+    sampling = SamplingParams(max_tokens=20, truncate="end")
+    ids, _ = fit_prompt(renderer, short, sampling, CONTEXT)
+    assert ids == renderer.render_prompt(short)
+
+
+def test_a_character_that_is_cut_apart_does_not_make_the_prompt_too_long(
+    renderer: Renderer,
+) -> None:
+    messages = (Message("user", "\u3042\U0001f600" * 60),)
+    for max_tokens in range(20, 30):
+        sampling = SamplingParams(max_tokens=max_tokens, truncate="end")
+        ids, _ = fit_prompt(renderer, messages, sampling, CONTEXT)
+        assert len(ids) <= CONTEXT - max_tokens
+
+
+def test_what_cannot_fit_by_cutting_the_last_message_is_refused(renderer: Renderer) -> None:
+    messages = (Message("system", "x" * CONTEXT), Message("user", "Hello"))
+    with pytest.raises(ValidationException, match=str(CONTEXT)):
+        fit_prompt(renderer, messages, SamplingParams(max_tokens=5, truncate="end"), CONTEXT)
+
+
+def test_an_answer_as_long_as_the_context_is_refused(renderer: Renderer) -> None:
+    with pytest.raises(ValidationException, match="in all"):
+        fit_prompt(renderer, LONG, SamplingParams(max_tokens=CONTEXT, truncate="end"), CONTEXT)
