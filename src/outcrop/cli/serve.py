@@ -36,7 +36,7 @@ STOP_SECONDS = 9.0
 """In total, for all processes; SIGTERM is promised to take at most 10 s."""
 LOOK_SECONDS = 0.1
 """How often the rows of wanted model servers are looked at."""
-STORE, GATEWAY, WORKER = "object-store", "gateway", "worker"
+STORE, GATEWAY, WORKER = embedded.NAME, "gateway", "worker"
 
 
 def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
@@ -99,7 +99,7 @@ class _Service:
         """End all processes; running jobs go back to the queue."""
         clear_address(self.settings.data_dir, GATEWAY)
         self.supervisor.stop_all(STOP_SECONDS)
-        clear_address(self.settings.data_dir, STORE)
+        embedded.clean_up(self.settings)
 
     def look(self) -> bool:
         """Start the model servers that are wanted, end those that are idle. Returns False."""

@@ -1,4 +1,4 @@
-"""One renderer: contents stay themselves, prompts are prefixes, loss is on answers and their ends."""
+"""One renderer: contents stay as they are, prompts are prefixes, answers and their ends carry loss."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -68,12 +68,16 @@ class Place:
     folder: Path
     weights: str
 
-    def start(self, socket: Path) -> Running:
+    @contextmanager
+    def running(self, socket: Path) -> Iterator[Running]:
         command = [sys.executable, "-c", PROGRAM, str(self.data_dir), self.weights, str(socket)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        return Running(process, socket, self.folder)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+                yield Running(process, socket, self.folder)
+            finally:
+                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +91,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    yield from running(place, tmp_path_factory.mktemp("socket") / "own" / "s.sock")
+    with place.running(tmp_path_factory.mktemp("socket") / "own" / "s.sock") as found:
+        yield found
 
 
 @pytest.fixture
 def mortal(place: Place, tmp_path: Path) -> Iterator[Running]:
     """A server that the test may end."""
-    yield from running(place, tmp_path / "s.sock")
-
-
-def running(place: Place, socket: Path) -> Iterator[Running]:
-    found = place.start(socket)
-    yield found
-    found.process.kill()
-    found.process.wait()
-    assert found.process.stdout is not None
-    found.process.stdout.close()
+    with place.running(tmp_path / "s.sock") as found:
+        yield found
 
 
 def run(answer: Awaitable[T]) -> T:
@@ -279,11 +276,10 @@ def test_sigterm_ends_a_busy_server_soon_and_leaves_no_socket(mortal: Running) -
 
 def test_a_new_server_takes_over_the_socket_of_a_killed_one(place: Place, tmp_path: Path) -> None:
     socket = tmp_path / "s.sock"
-    first = place.start(socket)
-    first.process.kill()
-    first.process.communicate()
+    with place.running(socket) as first:
+        first.process.kill()
     assert socket.exists()
-    for second in running(place, socket):
+    with place.running(socket) as second:
         assert run(second.client.generate(SHORT)).output_tokens == 20
 
 

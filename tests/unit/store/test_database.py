@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import threading
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,6 @@ def test_writers_wait_for_each_other(engine: Engine) -> None:
     """Read, then write, from many threads: no update is lost and none fails."""
     key = tables.model_server.c.key == "counter"
     with transaction(engine) as connection:
-        now = sa.literal(0)
         connection.execute(
             sa.insert(tables.model_server).values(
                 account="service",
@@ -94,7 +94,6 @@ def test_writers_wait_for_each_other(engine: Engine) -> None:
                 last_used_at=tables._EPOCH,
             )
         )
-        del now
 
     def count() -> None:
         for _ in range(10):
@@ -222,7 +221,5 @@ def test_processes_that_migrate_at_once_migrate_once(url: str) -> None:
 
 
 def test_naive_instant_is_a_mistake() -> None:
-    from datetime import datetime
-
     with pytest.raises(AssertionError, match="aware"):
         tables.Instant().process_bind_param(datetime(2026, 1, 1), None)  # noqa: DTZ001

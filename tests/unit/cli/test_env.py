@@ -1,0 +1,81 @@
+"""The printed variables point a client here and nowhere else, in every shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from outcrop.cli.env import UNSET, client_variables, service_url, write_shell
+from outcrop.identity.bootstrap import Credentials
+from outcrop.processes.address import clear_address, write_address
+from outcrop.settings import Settings
+
+CREDENTIALS = Credentials("123456789012", "owner", "AKIAEXAMPLE", "se'cr$et/+ x")
+VARIABLES = client_variables("http://127.0.0.1:7070", CREDENTIALS, "us-east-1")
+
+
+def _after_sh(before: str) -> dict[str, str]:
+    script = f"{before}\n{write_shell(VARIABLES, 'sh')}\nenv -0"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, check=True, env={})
+    pairs = (item.split("=", 1) for item in done.stdout.decode().split("\0") if "=" in item)
+    return dict(pairs)
+
+
+def test_sh_gets_endpoint_credentials_and_region_to_the_letter() -> None:
+    environment = _after_sh("")
+    assert environment["AWS_ENDPOINT_URL"] == "http://127.0.0.1:7070"
+    assert environment["AWS_ACCESS_KEY_ID"] == "AKIAEXAMPLE"
+    assert environment["AWS_SECRET_ACCESS_KEY"] == "se'cr$et/+ x"
+    assert environment["AWS_DEFAULT_REGION"] == "us-east-1"
+
+
+@pytest.mark.parametrize("name", UNSET)
+def test_what_would_win_over_it_is_unset(name: str) -> None:
+    assert name not in _after_sh(f"export {name}=other")
+
+
+def test_the_host_is_added_to_the_hosts_without_a_proxy() -> None:
+    assert _after_sh("")["NO_PROXY"] == "127.0.0.1"
+    assert _after_sh("export NO_PROXY=example.com")["NO_PROXY"] == "127.0.0.1,example.com"
+
+
+def test_json_has_null_for_what_must_not_be_set() -> None:
+    shown = json.loads(write_shell(VARIABLES, "json"))
+    assert shown["AWS_SECRET_ACCESS_KEY"] == "se'cr$et/+ x"
+    assert [name for name, value in shown.items() if value is None] == list(UNSET)
+
+
+def test_powershell_doubles_the_quote_and_removes_by_name() -> None:
+    lines = write_shell(VARIABLES, "powershell").splitlines()
+    assert "$Env:AWS_SECRET_ACCESS_KEY = 'se''cr$et/+ x'" in lines
+    assert "Remove-Item Env:AWS_PROFILE -ErrorAction SilentlyContinue" in lines
+    assert (
+        "$Env:NO_PROXY = (@('127.0.0.1', $Env:NO_PROXY) | Where-Object { $_ }) -join ','" in lines
+    )
+
+
+def test_fish_sets_global_exported_variables() -> None:
+    lines = write_shell(VARIABLES, "fish").splitlines()
+    assert "set -gx AWS_ACCESS_KEY_ID AKIAEXAMPLE;" in lines
+    assert "set -e AWS_PROFILE;" in lines
+
+
+def test_the_running_service_wins_over_the_default_port(data_dir: Path) -> None:
+    settings = Settings(data_dir=data_dir)
+    assert service_url(settings, None) == "http://127.0.0.1:7070"
+    write_address(data_dir, "gateway", "http://127.0.0.1:41234", os.getpid())
+    assert service_url(settings, None) == "http://127.0.0.1:41234"
+    assert service_url(settings, 5) == "http://127.0.0.1:5"
+    clear_address(data_dir, "gateway")
+    assert service_url(settings, None) == "http://127.0.0.1:7070"
+
+
+def test_the_address_of_a_killed_service_is_not_taken_for_a_running_one(data_dir: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    write_address(data_dir, "gateway", "http://127.0.0.1:41234", ended.pid)
+    assert service_url(Settings(data_dir=data_dir), None) == "http://127.0.0.1:7070"
