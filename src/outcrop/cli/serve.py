@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -17,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from outcrop.identity.bootstrap import bootstrap
 from outcrop.objects import embedded
 from outcrop.processes.address import clear_address, write_address
 from outcrop.processes.spawn import READY_LINE, ChildSpec
-from outcrop.processes.supervise import ChildState, ChildStatus, Supervisor
+from outcrop.processes.supervise import ChildState, ChildStatus, Supervisor, describe_exit
 from outcrop.settings import Settings, child_environment
 from outcrop.store import jobs, servers, throughputs
 from outcrop.store.database import connect, migrate, transaction
@@ -62,7 +64,7 @@ def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
         try:
             service.start()
             on_ready(service.url)
-            service.supervisor.run(lambda: service.look() or bool(asked))
+            service.supervisor.run(lambda: bool(asked) or service.look())
         finally:
             service.stop()
             engine.dispose()
@@ -78,6 +80,8 @@ class _Service:
             on_ready=self._on_ready, on_exit=self._on_exit, on_failing=self._on_failing
         )
         self.url = ""
+        # Several machines may share a database; a worker is known by its machine.
+        self.worker = f"{WORKER}@{socket.gethostname()}"
         self._looked_at = 0.0
         self._number = 0
 
@@ -85,14 +89,14 @@ class _Service:
         """Start everything but the model servers, and wait until all of it answers."""
         with transaction(self.engine) as connection:
             # This process holds the lock, so no worker or model server of an earlier one can live.
-            jobs.release_worker(connection)
+            jobs.release_worker(connection, self.worker)
             servers.forget_all(connection)
         embedded_store = not self.settings.s3_endpoint_url
         if embedded_store:
             embedded.add_to(self.supervisor, self.settings)
         after = (STORE,) if embedded_store else ()
         self.supervisor.add(self._part(GATEWAY, ready=READY_LINE, after=after))
-        self.supervisor.add(self._part(WORKER, "--name", WORKER))
+        self.supervisor.add(self._part(WORKER, "--name", self.worker))
         self.supervisor.wait_ready(timeout=START_SECONDS)
 
     def stop(self) -> None:
@@ -107,25 +111,54 @@ class _Service:
         if now - self._looked_at < LOOK_SECONDS:
             return False
         self._looked_at = now
+        try:
+            self._look()
+        except OperationalError:  # a full disk or a database that is away: the service lives
+            logger.exception("the database does not answer; trying again")
+        return False
+
+    def _look(self) -> None:
         with self.engine.connect() as connection:
             rows = servers.list_servers(connection)
             waiting = throughputs.weights_being_created(connection)
         for key in waiting:
             self._serve_throughputs(key, next((row for row in rows if row.key == key), None))
         for row in rows:
-            status = self.supervisor.status(_server_name(row.key))
-            if status is None and row.state == "wanted":
-                self._start_server(row.key)
-            elif (
-                status is not None
-                and status.state is ChildState.READY
-                and servers.idle_seconds(row) > self.settings.model_idle_seconds
-            ):
-                logger.info("the model server of %s is idle and is ended", row.key)
-                with transaction(self.engine) as connection:
-                    servers.remove(connection, row.key)
-                self.supervisor.remove(status.name)
-        return False
+            self._reconcile(row)
+
+    def _reconcile(self, row: ModelServer) -> None:
+        """Bring a model server's process and its row together, whatever happened to either."""
+        status = self.supervisor.status(_server_name(row.key))
+        state = status.state if status is not None else ChildState.ENDED
+        if row.state == "wanted" and status is None:
+            self._start_server(row.key)
+        elif row.state == "starting" and state is ChildState.READY:
+            assert status is not None
+            assert status.pid is not None
+            with transaction(self.engine) as connection:
+                servers.mark_ready(connection, row.key, status.pid)
+                throughputs.mark_in_service(connection, row.key)
+        elif row.state in ("starting", "ready") and state is ChildState.ENDED:
+            self._server_ended(row, status)
+        elif (
+            state is ChildState.READY
+            and servers.idle_seconds(row) > self.settings.model_idle_seconds
+        ):
+            logger.info("the model server of %s is idle and is ended", row.key)
+            with transaction(self.engine) as connection:
+                servers.remove(connection, row.key)
+            self.supervisor.remove(_server_name(row.key))
+
+    def _server_ended(self, row: ModelServer, status: ChildStatus | None) -> None:
+        # After a crash the row goes, and the next request for it writes it anew.
+        with transaction(self.engine) as connection:
+            if row.state == "starting":
+                how = describe_exit(status.exit_code) if status and status.exit_code else "no trace"
+                servers.mark_failed(connection, row.key, f"it ended with {how}")
+                throughputs.mark_failed(connection, row.key, "The model server did not start.")
+            else:
+                servers.remove(connection, row.key)
+        self.supervisor.remove(_server_name(row.key))
 
     def _serve_throughputs(self, key: str, row: ModelServer | None) -> None:
         """Put waiting throughputs into service where their server is up, else ask for it."""
@@ -137,10 +170,10 @@ class _Service:
 
     def _start_server(self, key: str) -> None:
         self._number += 1
-        socket = self.sockets / f"{self._number}.sock"
-        arguments = ("--weights", key, "--socket", str(socket))
+        address = self.sockets / f"{self._number}.sock"
+        arguments = ("--weights", key, "--socket", str(address))
         with transaction(self.engine) as connection:
-            servers.mark_starting(connection, key, str(socket))
+            servers.mark_starting(connection, key, str(address))
         self.supervisor.add(
             self._part(
                 "model-server", *arguments, name=_server_name(key), ready=READY_LINE, restart=False
@@ -174,31 +207,16 @@ class _Service:
             self.url = status.ready_line
             assert status.pid is not None
             write_address(self.settings.data_dir, GATEWAY, self.url, status.pid)
-        elif (key := _server_key(status.name)) is not None:
-            assert status.pid is not None
-            with transaction(self.engine) as connection:
-                servers.mark_ready(connection, key, status.pid)
-                throughputs.mark_in_service(connection, key)
 
     def _on_exit(self, status: ChildStatus) -> None:
         if status.name == WORKER:
-            with transaction(self.engine) as connection:
-                released = jobs.release_worker(connection, WORKER)
-            if released:
-                logger.warning("%d job(s) of the ended worker go back to the queue", released)
-        elif (key := _server_key(status.name)) is not None:
-            self._server_ended(key, status)
-
-    def _server_ended(self, key: str, status: ChildStatus) -> None:
-        # The next request for it writes the row anew, and it is started again.
-        with transaction(self.engine) as connection:
-            row = servers.get(connection, key)
-            if row is not None and row.state == "starting":
-                servers.mark_failed(connection, key, f"it ended with {status.exit_code}")
-                throughputs.mark_failed(connection, key, "The model server could not be started.")
+            try:
+                with transaction(self.engine) as connection:
+                    released = jobs.release_worker(connection, self.worker)
+            except OperationalError:  # its leases run out by themselves
+                logger.exception("the jobs of the ended worker could not be released")
             else:
-                servers.remove(connection, key)
-        self.supervisor.remove(status.name)
+                logger.info("%d job(s) of the ended worker go back to the queue", released)
 
     def _on_failing(self, status: ChildStatus, log_tail: str) -> None:
         logger.error("%s keeps ending; the end of its log:\n%s", status.name, log_tail)
@@ -206,7 +224,3 @@ class _Service:
 
 def _server_name(key: str) -> str:
     return f"model-server:{key}"
-
-
-def _server_key(name: str) -> str | None:
-    return name.removeprefix("model-server:") if name.startswith("model-server:") else None

@@ -56,7 +56,7 @@ def describe_model(settings: Settings, base: BaseModel) -> dict[str, Any]:
         "bodyFamily": base.body_family,
         "hyperParameters": [asdict(row) for row in base.hyper_parameters],
         "learningRateFactor": dict(base.learning_rate_factor),
-        "adapter": asdict(base.lora),
+        "adapter": {**asdict(base.lora), "targets": list(base.lora.targets)},
         "bedrockRecordQuota": asdict(base.records),
         "bedrockTokenLimits": [asdict(limit) for limit in base.token_limits],
         "sources": list(base.sources),
@@ -170,7 +170,9 @@ def _write_entry(file: Path, entry: dict[str, Any]) -> None:
 
 def _table_lines(name: str, table: dict[str, Any]) -> list[str]:
     plain = [
-        f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)
+        f"{_toml(key)} = {_toml(value)}"
+        for key, value in table.items()
+        if not isinstance(value, dict)
     ]
     nested = [
         line
@@ -178,7 +180,7 @@ def _table_lines(name: str, table: dict[str, Any]) -> list[str]:
         if isinstance(value, dict)
         for line in _table_lines(f"{name}.{key}", value)
     ]
-    return ["", f"[{name}]", *(f"{line}" for line in plain), *nested]
+    return ["", f"[{name}]", *plain, *nested]
 
 
 def _toml(value: str | int) -> str:

@@ -10,6 +10,7 @@ Source: Hugging Face's tokenizer.json and tokenizer_config.json, read by the `to
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ class Tokenizer:
         # Neither may cut or fill up what it is given: lengths are counted here.
         description["truncation"] = description["padding"] = None
         added = description.get("added_tokens") or []
+        plain = _without_control(description)
         try:
             self._scaffold = tokenizers.Tokenizer.from_str(json.dumps(description))
-            self._plain = tokenizers.Tokenizer.from_str(json.dumps(_without_control(description)))
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+        self._check_same_ids(folder, plain["added_tokens"])
         self.special_token_ids = frozenset(
             int(token["id"]) for token in added if token.get("special")
         )
@@ -94,6 +97,15 @@ class Tokenizer:
         """Return the id of one token by its spelling in the vocabulary."""
         found = self._scaffold.token_to_id(token)
         return None if found is None else int(found)
+
+    def _check_same_ids(self, folder: Path, added: list[dict[str, Any]]) -> None:
+        """Make sure that the two tokenizers mean the same tokens by the same numbers."""
+        for token in added:
+            if self._plain.token_to_id(token["content"]) != token["id"]:
+                raise ModelError(
+                    f"The tokenizer in {folder} numbers its added tokens in a way that cannot be "
+                    f"kept: {token['id']} is one of them."
+                )
 
     def _named_id(self, role: str) -> int | None:
         token = self.named_tokens.get(role)
@@ -159,28 +171,27 @@ def _read_json(file: Path, *, required: bool) -> dict[str, Any]:
 def _without_control(description: dict[str, Any]) -> dict[str, Any]:
     """Return the description of a tokenizer to which control tokens are ordinary text.
 
-    Added tokens of white space only stay: they are how some models write indentation. A control
-    token also leaves the vocabulary where no merge makes it, because some tokenizers look whole
-    words up before they split them.
+    They are given a spelling that nobody can guess instead of being taken out, because the library
+    numbers added tokens anew where one is missing. Those that the vocabulary itself needs, to be
+    made by a merge or for what is unknown, only lose their rank as added tokens. Added tokens of
+    white space stay: they are how some models write indentation.
     """
-    added = description.get("added_tokens") or []
-    control = {token["content"] for token in added if token["content"].strip()}
     model = dict(description["model"])
-    vocabulary = model.get("vocab")
-    if isinstance(vocabulary, dict):
-        made = {"".join(_pair(merge)) for merge in model.get("merges") or ()}
-        kept = {model.get("unk_token")} | made
+    needed = {model.get("unk_token")}
+    needed.update("".join(_pair(merge)) for merge in model.get("merges") or ())
+    secret = secrets.token_hex(16)
+    added, renamed = [], {}
+    for token in description.get("added_tokens") or []:
+        if not token["content"].strip():
+            added.append(token)
+        elif token["content"] not in needed:
+            renamed[token["content"]] = token["content"] + secret
+            added.append({**token, "content": renamed[token["content"]]})
+    if isinstance(model.get("vocab"), dict):
         model["vocab"] = {
-            token: place
-            for token, place in vocabulary.items()
-            if token not in control or token in kept
+            renamed.get(token, token): place for token, place in model["vocab"].items()
         }
-    return {
-        **description,
-        "model": model,
-        "added_tokens": [token for token in added if token["content"] not in control],
-        "post_processor": None,
-    }
+    return {**description, "model": model, "added_tokens": added, "post_processor": None}
 
 
 def _pair(merge: str | list[str]) -> list[str]:

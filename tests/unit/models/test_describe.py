@@ -100,7 +100,7 @@ def test_a_folder_that_changed_is_not_used(settings: Settings, folder: Path) -> 
 
 def test_sharded_weights_have_one_digest(settings: Settings, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": {}}
+    index: dict[str, dict[str, str]] = {"weight_map": {}}
     for place in ("1", "2"):
         name = f"model-0000{place}-of-00002.safetensors"
         save_file({f"layer.{place}": np.ones(4, np.float32)}, folder / name)
