@@ -150,6 +150,19 @@ class _Verified:
     key: SigningKey
 
 
+class _Body:
+    """A request's body; a client that waits for `100 Continue` sends it when it is asked for."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.begun = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.begun = True
+        async for piece in self._request.stream():
+            yield piece
+
+
 @dataclass
 class _Trace:
     """What is known of a request so far, for its line in the log."""
@@ -167,8 +180,9 @@ async def s3_request(request: Request, services: S3Services, request_id: str) ->
     started = time.perf_counter()
     trace = _Trace(f"{request.method} {request.url.path}")
     response: Response
+    body = _Body(request)
     try:
-        response = await _answer(request, services, trace)
+        response = await _answer(request, services, body, trace)
     except ApiError as error:
         response = _error(request, error, request_id)
     except ClientDisconnect:
@@ -190,6 +204,9 @@ async def s3_request(request: Request, services: S3Services, request_id: str) ->
         )
         response = _error(request, InternalServerException(message), request_id)
     response.headers["x-amz-request-id"] = request_id
+    if "expect" in request.headers and not body.begun:
+        # The client was never told to send its body, so what comes next is not that body.
+        response.headers["connection"] = "close"
     logger.info(
         "%s s3:%s %d %s %.1f ms",
         request_id,
@@ -201,7 +218,7 @@ async def s3_request(request: Request, services: S3Services, request_id: str) ->
     return response
 
 
-async def _answer(request: Request, services: S3Services, trace: _Trace) -> Response:
+async def _answer(request: Request, services: S3Services, body: _Body, trace: _Trace) -> Response:
     signed = _signed_request(request)
     verified = await anyio.to_thread.run_sync(_verify, services, signed, trace)
     call = verified.call
@@ -214,11 +231,11 @@ async def _answer(request: Request, services: S3Services, trace: _Trace) -> Resp
                 http_status=400,
             )
         content = await open_upload(
-            request.stream(), call.headers, verified.signature.payload_hash, verified.key
+            aiter(body), call.headers, verified.signature.payload_hash, verified.key
         )
     elif request.method in ("PUT", "POST"):
         content = await read_body(
-            request.stream(), call.headers, verified.signature.payload_hash, verified.key
+            aiter(body), call.headers, verified.signature.payload_hash, verified.key
         )
         content = await anyio.to_thread.run_sync(_check_content, services, verified, content)
     upstream = await _send(services, request.method, call, content)

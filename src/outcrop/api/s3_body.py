@@ -249,27 +249,26 @@ def _base64_length(num_bytes: int) -> int:
 async def _held_back(pieces: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
     """Return the pieces, each given out when the next one has come, the last when all is verified.
 
-    The first is read here: a body that is empty is verified before anything is sent.
+    The first is read here: a body that is empty is verified before anything is sent. An empty
+    piece is not a next one.
     """
-    first = await anext(pieces, b"")
 
-    async def rest() -> AsyncGenerator[bytes, None]:
-        held = first
+    async def next_piece() -> bytes:
         async for piece in pieces:
-            if held:
-                yield held
-            held = piece
-        if held:
-            yield held
+            if piece:
+                return piece
+        return b""
 
-    if first:
-        return rest()
-    # Nothing, or an empty piece, which is no news yet: read on.
-    async for piece in pieces:
-        if piece:
-            first = piece
-            break
-    return rest()
+    first = await next_piece()
+
+    async def held_back() -> AsyncGenerator[bytes, None]:
+        held = first
+        while held:
+            following = await next_piece()
+            yield held
+            held = following
+
+    return held_back()
 
 
 def _content_length(headers: Mapping[str, str], name: str) -> int:

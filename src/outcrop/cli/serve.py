@@ -38,7 +38,9 @@ STOP_SECONDS = 9.0
 """In total, for all processes; SIGTERM is promised to take at most 10 s."""
 LOOK_SECONDS = 0.1
 """How often the rows of wanted model servers are looked at."""
-STORE, GATEWAY, WORKER = embedded.NAME, "gateway", "worker"
+FIRST_CLEANING_SECONDS, CLEANING_SECONDS = 60.0, 3600.0
+"""When `outcrop gc` runs by itself after the start, and how often from then on."""
+STORE, GATEWAY, WORKER, CLEANING = embedded.NAME, "gateway", "worker", "gc"
 
 
 def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
@@ -83,6 +85,7 @@ class _Service:
         # Several machines may share a database; a worker is known by its machine.
         self.worker = f"{WORKER}@{socket.gethostname()}"
         self._looked_at = 0.0
+        self._clean_at = time.monotonic() + FIRST_CLEANING_SECONDS
         self._number = 0
 
     def start(self) -> None:
@@ -125,6 +128,16 @@ class _Service:
             self._serve_throughputs(key, next((row for row in rows if row.key == key), None))
         for row in rows:
             self._reconcile(row)
+        if time.monotonic() >= self._clean_at:
+            self._clean_at = time.monotonic() + CLEANING_SECONDS
+            self._clean()
+
+    def _clean(self) -> None:
+        """Run `outcrop gc`, unless the one before still runs."""
+        status = self.supervisor.status(CLEANING)
+        if status is None or status.state is ChildState.ENDED:
+            self.supervisor.remove(CLEANING)
+            self.supervisor.add(self._part(CLEANING, restart=False))
 
     def _reconcile(self, row: ModelServer) -> None:
         """Bring a model server's process and its row together, whatever happened to either."""

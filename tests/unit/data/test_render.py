@@ -1,4 +1,4 @@
-"""One renderer: contents stay as they are, a prompt is a prefix, answers and their ends carry loss."""
+"""One renderer: contents stay as they are, a prompt is a prefix, answers carry the loss."""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""Lines of a data file: what is let pass, and what is refused with file, line and code."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outcrop.data.read import MAX_LINE_BYTES, read_lines
+from outcrop.errors import DataError
+
+FILE = "s3://bucket/train.jsonl"
+
+
+def read(content: bytes) -> list[tuple[int, dict[str, Any]]]:
+    return list(read_lines(io.BytesIO(content), FILE))
+
+
+def refusal(content: bytes) -> DataError:
+    with pytest.raises(DataError) as raised:
+        read(content)
+    return raised.value
+
+
+def test_lines_keep_their_numbers_over_blank_ones() -> None:
+    assert read(b'{"a": 1}\n\n \t\n{"b": 2}') == [(1, {"a": 1}), (4, {"b": 2})]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_let_pass() -> None:
+    assert read(b'\xef\xbb\xbf{"a": "x"}\r\n{"b": "y"}\r\n') == [(1, {"a": "x"}), (2, {"b": "y"})]
+
+
+def test_unicode_line_separators_do_not_end_a_line() -> None:
+    assert read('{"a": "x\u2028y\u0085z"}\n'.encode()) == [(1, {"a": "x\u2028y\u0085z"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        (b"{'a': 1}", "invalid_json", "at character 2"),
+        (b'{"a": 1,}', "invalid_json", "It is not JSON"),
+        (b'{"a": 1', "invalid_json", "It is not JSON"),
+        (b'{"a": 1} {"b": 2}', "invalid_json", "Extra data at character 10"),
+        (b'\xef\xbb\xbf{"a": 1}', "invalid_json", "It is not JSON"),
+        (b'{"a": "\x07"}', "invalid_json", "Invalid control character"),
+        (b"[" * 100_000, "invalid_json", "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "invalid_json", "a number is too long"),
+        (b'{"a": 1, "a": 2}', "duplicate_key", "The key 'a' stands there twice"),
+        (b'{"x": {"a": 1, "a": 2}}', "duplicate_key", "The key 'a' stands there twice"),
+        (b'{"a": "\x00"}', "null_byte", "NUL"),
+        (b'{"a": "\x83J"}', "invalid_utf8", "Byte 8 of the line is not UTF-8"),
+        (b'{"a": "cut \xe3\x82"}', "invalid_utf8", "not UTF-8"),
+        (b"[1]", "not_an_object", "an array"),
+        (b'"text"', "not_an_object", "a string"),
+        (b"null", "not_an_object", "null"),
+        (b"true", "not_an_object", "a boolean"),
+        (b"4.5", "not_an_object", "a number"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_refused_with_its_place(
+    line: bytes, code: str, says: str
+) -> None:
+    error = refusal(b'{"good": 1}\n' + line + b'\n{"good": 2}\n')
+    assert (error.code, error.file, error.line) == (code, FILE, 2)
+    assert str(error).startswith(
+        f"Unable to parse Amazon S3 file: {FILE}. Data files must conform to JSONL format. Line 2: "
+    )
+    assert says in str(error)
+    assert len(str(error)) < 400
+    assert pickle.loads(pickle.dumps(error)).code == code
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" \r\n\t\n"])
+def test_a_file_without_records_is_refused(content: bytes) -> None:
+    error = refusal(content)
+    assert (error.code, error.line) == ("empty_file", None)
+    assert "holds no record" in str(error)
+
+
+def test_a_line_longer_than_the_limit_is_refused_without_being_read() -> None:
+    class Endless(io.RawIOBase):
+        """Gives the same letter for ever, and counts."""
+
+        given = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            buffer[:] = b"a" * len(buffer)
+            Endless.given += len(buffer)
+            return len(buffer)
+
+    with pytest.raises(DataError, match="Input size exceeded in file") as raised:
+        list(read_lines(io.BufferedReader(Endless()), FILE))
+    assert (raised.value.code, raised.value.line) == ("too_long", 1)
+    assert Endless.given < 2 * MAX_LINE_BYTES
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_either_objects_or_a_refusal(content: bytes) -> None:
+    try:
+        found = read(content)
+    except DataError as error:
+        assert error.code
+        assert str(error).isprintable()
+    else:
+        assert all(isinstance(value, dict) for _, value in found)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.text(), st.text() | st.integers() | st.none(), max_size=4), min_size=1
+    )
+)
+def test_whatever_json_writes_is_read_back(values: list[dict[str, Any]]) -> None:
+    content = "\n".join(json.dumps(value) for value in values)
+    assert [value for _, value in read(content.encode())] == values
+
+
+def test_every_real_data_set_is_read(shared_data: Path) -> None:
+    for file in sorted(shared_data.glob("*-train.jsonl")):
+        with file.open("rb") as stream:
+            lines = list(read_lines(stream, file.name))
+        assert [number for number, _ in lines] == list(range(1, len(lines) + 1))
