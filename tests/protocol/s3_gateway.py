@@ -11,8 +11,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,10 +23,8 @@ import httpx
 import uvicorn
 from botocore.config import Config
 from sqlalchemy import Engine
-from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from outcrop.api.s3 import s3_request
 from outcrop.identity import accounts
@@ -39,8 +36,6 @@ from outcrop.processes.supervise import Supervisor
 from outcrop.settings import Settings
 from outcrop.store.database import connect, migrate, transaction
 from outcrop.wire import sigv4
-
-METHODS = ["GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS"]
 
 
 @dataclass(frozen=True)
@@ -123,19 +118,21 @@ def gateway(data_dir: Path) -> Iterator[Gateway]:
 def _serve(settings: Settings, engine: Engine) -> Iterator[str]:
     opened: list[Services] = []
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        timeout = httpx.Timeout(None, connect=5.0)
-        async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
-            opened.append(Services(settings, engine, backend(settings), client))
-            yield
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            timeout = httpx.Timeout(None, connect=5.0)
+            async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
+                opened.append(Services(settings, engine, backend(settings), client))
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        response = await s3_request(Request(scope, receive), opened[0], str(uuid.uuid4()))
+        await response(scope, receive, send)
 
-    async def answer(request: Request) -> Response:
-        return await s3_request(request, opened[0], str(uuid.uuid4()))
-
-    routes = [Route("/{path:path}", answer, methods=METHODS)]
-    app = Starlette(routes=routes, lifespan=lifespan)
-    listener = socket.socket()
+    # Named as TCP, or asyncio leaves Nagle on and a body waits 40 ms for the head to be acknowledged.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_config=None, server_header=False)
     server = uvicorn.Server(config)
@@ -206,6 +203,20 @@ def send(
         {name.lower(): value for name, value in answer.getheaders()},
         answer.read(),
     )
+    connection.close()
+    return reply
+
+
+def fetch(url: str, method: str = "GET", body: bytes = b"", **headers: str) -> Reply:
+    """Send a request as it is, with no headers but these (urllib adds a content type)."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    target = parts.path + (f"?{parts.query}" if parts.query else "")
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, target, body or None, named)
+    answer = connection.getresponse()
+    found = {name.lower(): value for name, value in answer.getheaders()}
+    reply = Reply(answer.status, found, answer.read())
     connection.close()
     return reply
 

@@ -269,8 +269,8 @@ def check_new_bucket(name: str) -> None:
 def check_key(key: str) -> None:
     """Refuse a key that cannot be kept as it is, or that would name something else.
 
-    The embedded store keeps keys as paths: it takes `a//b` for `a/b`, and has folders of its own
-    for the parts of uploads and for old versions. A policy is decided on the key as it was sent,
+    The embedded store keeps keys as paths: it takes `a//b` and `a\\b` for `a/b`, and has folders of
+    its own for the parts of uploads and for old versions. A policy is decided on the key as it was sent,
     so a key that means another one there must not get that far.
 
     Raises:
@@ -280,9 +280,10 @@ def check_key(key: str) -> None:
         raise ApiError("Your key is too long", code="KeyTooLongError", http_status=400)
     *folders, name = key.split("/")
     for segment in (*folders, name) if name else folders:
-        if segment in ("", ".", "..") or "\0" in segment:
+        if segment in ("", ".", "..") or "\0" in segment or "\\" in segment:
             raise _invalid_argument(
-                "Keys with an empty part (//), a part . or .., or a zero byte are not supported.",
+                "Keys with an empty part (//), a part . or .., a backslash or a zero byte are not "
+                "supported.",
                 "key",
                 key,
             )

@@ -54,7 +54,6 @@ def render_record(record: Record, renderer: Renderer, limits: TokenCheck) -> Exa
     """
     try:
         example = renderer.render_example(record.messages)
-        num_input = len(renderer.render_prompt(record.messages[:-1]))
     except DataError as error:
         raise DataError(
             f"{record.file}, line {record.line}: {error.message}",
@@ -62,5 +61,16 @@ def render_record(record: Record, renderer: Renderer, limits: TokenCheck) -> Exa
             file=record.file,
             line=record.line,
         ) from error
+    num_input = _answer_start(example)
     limits.check(num_input, len(example.input_ids) - num_input, record.file, record.line)
     return example
+
+
+def _answer_start(example: Example) -> int:
+    """Return where the last answer begins: all before it is the prompt."""
+    place = len(example.loss_mask)
+    while place and not example.loss_mask[place - 1]:
+        place -= 1
+    while place and example.loss_mask[place - 1]:
+        place -= 1
+    return place

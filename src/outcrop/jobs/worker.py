@@ -198,11 +198,11 @@ def run_worker(settings: Settings, *, name: str | None = None) -> None:
     Raises:
         StoreError: the database has another schema than this code.
     """
+    engine = connect(settings.effective_database_url)
+    check_version(engine)
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
-    engine = connect(settings.effective_database_url)
-    check_version(engine)
     name = name or f"{socket.gethostname()}-{os.getpid()}"
     run(Worker(settings, engine, name, LocalExecutor(settings)), lambda: bool(asked))
     engine.dispose()

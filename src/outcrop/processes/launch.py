@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     if os.getppid() != int(parent):  # it ended before the line above could take hold
         os._exit(EXIT_CANNOT_RUN)
     if int(niceness):
-        os.nice(int(niceness))
+        _be_nice(int(niceness))
     # Python ignores SIGPIPE, and what is ignored stays so over exec; so does a signal mask.
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(ignored, signal.SIG_DFL)
@@ -54,6 +54,22 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         os.write(2, f"{command[0]} cannot be run: {error.strerror}\n".encode())
         os._exit(EXIT_CANNOT_RUN)
+
+
+def _be_nice(niceness: int) -> None:
+    """Leave the cores to others, also where the kernel shares them out by session.
+
+    With autogroups (the default of desktop kernels) niceness counts only among the processes of
+    one session, and this process leads a session of its own: the group must be nice as a whole.
+    Source: sched(7), section "The autogroup feature".
+    """
+    os.nice(niceness)
+    try:
+        group = os.open("/proc/self/autogroup", os.O_WRONLY)
+        os.write(group, str(niceness).encode())
+        os.close(group)
+    except OSError:
+        pass  # no autogroups here, or another system
 
 
 def _die_with_thread() -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -40,30 +40,38 @@ class ModelClient:
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Return the whole answer. Raises as `stream`."""
+        # Read to its end: what an iteration leaves behind is closed at some later time only.
+        last: TokenEvent | Generation | None = None
         async for event in self.stream(request):
-            if isinstance(event, Generation):
-                return event
-        raise AssertionError("a stream ends with a Generation or an exception")
+            last = event
+        assert isinstance(last, Generation)
+        return last
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenEvent | Generation]:
+    async def stream(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[TokenEvent | Generation, None]:
         """Yield the answer as it is made; the last event is the Generation.
 
-        Leaving the iteration early cancels the request in the model server.
+        Closing the iterator early (`contextlib.aclosing`) cancels the request in the model server.
 
         Raises:
             ServingError: no model server listens at the socket; nothing has been done.
             ModelErrorException: the model server ended before the answer did.
             ApiError: what the model server refused the request with, of its own class.
         """
-        async with self._open("POST", "/generate", request_to_json(request)) as response:
-            async for line in _lines(response):
+        done = False
+        async with (
+            self._open("POST", "/generate", request_to_json(request)) as response,
+            aclosing(_lines(response)) as lines,
+        ):
+            async for line in lines:
                 event = event_from_json(line)
                 if isinstance(event, ApiError):
                     raise event
+                done = isinstance(event, Generation)
                 yield event
-                if isinstance(event, Generation):
-                    return
-        raise _cut_off()
+        if not done:
+            raise _cut_off()
 
     async def count(self, messages: Sequence[Message]) -> int:
         """Return how many tokens the prompt has. Raises as `stream`."""
@@ -119,13 +127,14 @@ class ModelClient:
                 raise _cut_off() from error
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """Yield whole lines only: one that is cut off is no event."""
     rest = b""
-    async for chunk in response.aiter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
+    async with aclosing(cast(AsyncGenerator[bytes, None], response.aiter_bytes())) as chunks:
+        async for chunk in chunks:
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield line
 
 
 def _cut_off() -> ModelErrorException:

@@ -229,7 +229,7 @@ class TorchEngine:
         with self._lock:
             idle = 0.0 if self._tasks else time.monotonic() - self._last_used
             return EngineStats(
-                num_active=len(self._active),
+                num_active=len(self._tasks) - len(self._waiting),
                 num_waiting=len(self._waiting),
                 num_requests=self._num_requests,
                 input_tokens=self._input_tokens,

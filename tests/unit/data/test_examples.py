@@ -66,9 +66,19 @@ def test_the_first_record_too_many_stops_the_reading(renderer: Renderer) -> None
 
 def test_a_record_that_is_too_long_is_refused_at_its_line(renderer: Renderer) -> None:
     content = lines(pair("a"), pair("\x01" * 5000))
-    with pytest.raises(DataError, match="Maximum|Max sum") as raised:
+    with pytest.raises(DataError, match="exceeds total limit of 4096") as raised:
         read_examples(content, FILE, EXPRESS, renderer, role="training", batch_size=1)
     assert (raised.value.code, raised.value.file, raised.value.line) == ("too_long", FILE, 2)
+
+
+def test_prompt_and_answer_are_counted_apart(renderer: Renderer) -> None:
+    light = MODELS["cohere.command-light-text-v14"]
+    for record, says in (
+        (pair("\x01" * 4090, "y"), "Maximum input token count 41"),
+        (pair("x", "\x01" * 2048), "Maximum output token count 2050 exceeds limit of 2048"),
+    ):
+        with pytest.raises(DataError, match=says):
+            read_examples(lines(record), FILE, light, renderer, role="training", batch_size=8)
 
 
 def test_what_the_models_template_refuses_is_refused_at_its_line(tmp_path: Path) -> None:

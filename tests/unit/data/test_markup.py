@@ -91,8 +91,23 @@ def test_what_does_not_add_up_is_one_user_turn_as_it_stands(family: str, prompt:
 
 
 PIECES = st.sampled_from(
-    ["User:", "Bot:", "\n", "[INST]", "[/INST]", "<s>", "</s>", "<<SYS>>", "<</SYS>>", "x", " "]
-    + ["<|start_header_id|>user<|end_header_id|>", LLAMA3_ASSISTANT, "<|eot_id|>", LLAMA3_SYSTEM]
+    [
+        *(
+            "User:",
+            "Bot:",
+            "\n",
+            "[INST]",
+            "[/INST]",
+            "<s>",
+            "</s>",
+            "<<SYS>>",
+            "<</SYS>>",
+            "x",
+            " ",
+        ),
+        *("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),
+        *(LLAMA3_ASSISTANT, LLAMA3_SYSTEM),
+    ]
 )
 
 

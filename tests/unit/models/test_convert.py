@@ -128,6 +128,15 @@ def test_transformers_reads_the_same_tokenizer_from_the_folder(folder: Path) -> 
     assert "SmolLM" in theirs.chat_template
 
 
+def test_an_answer_ends_at_the_turns_end_or_the_documents(folder: Path) -> None:
+    config = json.loads((folder / "generation_config.json").read_text())
+    tokenizer = Tokenizer(folder)
+    assert config["eos_token_id"] == [
+        tokenizer.token_id("<|im_end|>"),
+        tokenizer.token_id("<|endoftext|>"),
+    ]
+
+
 def test_the_record_says_where_the_weights_came_from(folder: Path) -> None:
     record = json.loads((folder / RECORD_FILE).read_text())
     assert record["digest"] == file_digest(folder / "model.safetensors")

@@ -120,6 +120,15 @@ def test_child_has_no_blocked_signals_and_its_niceness(start: Start) -> None:
     assert tail(child) == f"{own + 3} set()"
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/autogroup").exists(), reason="this kernel does not group by session"
+)
+def test_a_nice_child_is_nice_to_other_sessions_too(start: Start) -> None:
+    child = start("print(open('/proc/self/autogroup').read())", nice=7)
+    assert child.wait(15) == 0
+    assert tail(child).endswith("nice 7")
+
+
 def test_terminate_ends_a_polite_child_at_once(start: Start, way: str) -> None:
     child = start("import time; print('up', flush=True); time.sleep(60)", way=way)
     until(lambda: tail(child))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -428,14 +429,11 @@ JSON = st.recursive(
 @given(st.sampled_from(sorted(BODIES)), st.dictionaries(st.sampled_from(KEYS), JSON))
 def test_no_json_does_anything_but_parse_or_be_refused(family: str, value: Any) -> None:
     for body in (value, {**BODIES[family], **value}):
-        try:
+        with suppress(ValidationException):
             found = parse(family, body)
-        except ApiError as error:
-            assert error.http_status == 400
-            continue
-        assert found.messages
-        found.messages[0].text.encode("utf-8")
-        assert format_body(base(family), found, [done()] * found.num_generations)
+            assert found.messages
+            found.messages[0].text.encode("utf-8")
+            assert format_body(base(family), found, [done()] * found.num_generations)
 
 
 @given(st.sampled_from(sorted(BODIES)), st.binary(max_size=60))

@@ -111,7 +111,7 @@ def run(answer: Awaitable[T]) -> T:
 
 
 async def wait_for(condition: Callable[[], Awaitable[bool]]) -> None:
-    while not await condition():
+    while not await condition():  # noqa: ASYNC110 -- the other process sets no event of ours
         await asyncio.sleep(0.01)
 
 
@@ -183,7 +183,7 @@ def test_the_figures_say_who_serves_what_and_since_when_it_is_idle(server: Runni
     run(server.client.generate(SHORT))
     stats = run(server.client.stats())
     assert stats["pid"] == server.process.pid
-    assert stats["weights"].startswith("tiny")
+    assert stats["weights"].startswith("folder-")
     assert stats["output_tokens"] >= 20
     assert 0 <= stats["idle_seconds"] < SECONDS
     assert stats["max_memory_bytes"] > 50_000_000

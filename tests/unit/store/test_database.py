@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
+from tests.unit.store.build import queued
 
 from outcrop.errors import StoreError
 from outcrop.store import tables
 from outcrop.store.database import check_version, connect, migrate, transaction
 from outcrop.store.migrations import MIGRATIONS
-from tests.unit.store.build import queued
 
 
 @pytest.fixture
@@ -72,9 +72,13 @@ def test_reader_sees_the_last_commit_while_a_writer_is_at_work(engine: Engine) -
 
 
 def test_failed_transaction_leaves_nothing(engine: Engine) -> None:
-    with pytest.raises(RuntimeError, match="half-way"), transaction(engine) as connection:
-        queued(connection, "a")
-        raise RuntimeError("half-way")
+    def half_way() -> None:
+        with transaction(engine) as connection:
+            queued(connection, "a")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        half_way()
     with engine.connect() as connection:
         assert connection.execute(sa.select(tables.job.c.id)).first() is None
 

@@ -9,12 +9,6 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
-
-from outcrop.errors import ConflictException, OutcropError, ServiceQuotaExceededException
-from outcrop.store import events, jobs, models, tables, tags
-from outcrop.store.database import transaction
-from outcrop.store.rows import Job
-from outcrop.store.tokens import RequestToken, request_token
 from tests.unit.store.build import (
     ACCOUNT,
     OTHER_ACCOUNT,
@@ -27,6 +21,12 @@ from tests.unit.store.build import (
     running,
     status_of,
 )
+
+from outcrop.errors import ConflictException, OutcropError, ServiceQuotaExceededException
+from outcrop.store import events, jobs, models, tables, tags
+from outcrop.store.database import transaction
+from outcrop.store.rows import Job
+from outcrop.store.tokens import RequestToken, request_token
 
 
 def token(text: str = "t1", **params: object) -> RequestToken:

@@ -8,6 +8,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine
+from tests.unit.store.build import (
+    ACCOUNT,
+    BASE_ARN,
+    OTHER_ACCOUNT,
+    REGION,
+    new_model,
+    new_throughput,
+    queued,
+    running,
+)
 
 from outcrop.errors import (
     ConflictException,
@@ -20,16 +30,6 @@ from outcrop.store import jobs, models, servers, tags, throughputs
 from outcrop.store.database import transaction
 from outcrop.store.rows import CustomModel
 from outcrop.store.tokens import request_token
-from tests.unit.store.build import (
-    ACCOUNT,
-    BASE_ARN,
-    OTHER_ACCOUNT,
-    REGION,
-    new_model,
-    new_throughput,
-    queued,
-    running,
-)
 
 QUOTAS: dict[str, Any] = {"max_throughputs": 2, "max_model_units": 1}
 SCOPE = (ACCOUNT, REGION)
@@ -66,7 +66,7 @@ def test_used_model_is_not_deleted_and_its_users_are_named(engine: Engine) -> No
         for name in ("pt-b", "pt-a"):
             throughputs.create_throughput(connection, new_throughput(name, model.arn), **QUOTAS)
     with (
-        pytest.raises(ConflictException, match="mine is in use by .*: pt-a, pt-b"),
+        pytest.raises(ConflictException, match=r"mine is in use by .*: pt-a, pt-b"),
         transaction(engine) as connection,
     ):
         models.delete_model(connection, model)
