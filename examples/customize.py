@@ -202,6 +202,7 @@ class Bar:
     def __init__(self) -> None:
         self.live = sys.stdout.isatty()
         self.drawn_at = 0.0
+        self.drawn = ""
 
     def show(self, progress: Progress) -> None:
         """Draw the line for where the job is now."""
@@ -217,8 +218,8 @@ class Bar:
         line = f"   [{'#' * filled}{'.' * (30 - filled)}] {'   '.join(parts)}"
         if self.live:
             print(f"\r{line:<{WIDTH}}", end="", flush=True)
-        elif time.monotonic() - self.drawn_at >= 10:
-            self.drawn_at = time.monotonic()
+        elif line != self.drawn and time.monotonic() - self.drawn_at >= 10:
+            self.drawn, self.drawn_at = line, time.monotonic()
             print(line, flush=True)
 
     def end(self) -> None:

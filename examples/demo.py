@@ -28,20 +28,23 @@ def main() -> int:
     # A `kill` is to clean up as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = Path(tempfile.mkdtemp(prefix="outcrop-demo-"))
+    failed = False
     try:
         with service(folder / "service") as variables:
             make_data = (sys.executable, HERE / "operation_data.py", folder / "data")
             subprocess.run(make_data, check=True)
             program = (sys.executable, HERE / "customize.py", folder / "data")
             code = subprocess.run(program, env=variables, check=False).returncode
+        failed = code != 0
+        return code
     except KeyboardInterrupt:
         print("\nInterrupted. The service is ended and its files are removed.")
-        code = 130
-    if code not in (0, 130):
-        print(f"The demo failed; the service's logs are in {folder / 'service' / 'logs'}")
-        return code
-    shutil.rmtree(folder)
-    return code
+        return 130
+    finally:
+        if failed:
+            print(f"The demo failed; the service's logs are in {folder / 'service' / 'logs'}")
+        else:
+            shutil.rmtree(folder)
 
 
 @contextmanager

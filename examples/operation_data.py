@@ -23,7 +23,7 @@ from pathlib import Path
 
 import botocore.session
 
-NUM_TRAINING, NUM_VALIDATION, NUM_TEST = 480, 50, 40
+NUM_TRAINING, NUM_VALIDATION, NUM_TEST = 400, 50, 40
 PER_SERVICE = {"training": 3, "validation": 2, "test": 2}
 MAX_WORDS = 20
 NEARLY_THE_SAME = 0.5

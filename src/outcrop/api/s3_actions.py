@@ -269,9 +269,9 @@ def check_new_bucket(name: str) -> None:
 def check_key(key: str) -> None:
     """Refuse a key that cannot be kept as it is, or that would name something else.
 
-    The embedded store keeps keys as paths: it takes `a//b` and `a\\b` for `a/b`, and has folders of
-    its own for the parts of uploads and for old versions. A policy is decided on the key as it was sent,
-    so a key that means another one there must not get that far.
+    The embedded store keeps keys as paths: it takes `a//b` and `a\\b` for `a/b`, and has folders
+    of its own for the parts of uploads and for old versions. A policy is decided on the key as it
+    was sent, so a key that means another one there must not get that far.
 
     Raises:
         ApiError: InvalidURI, KeyTooLongError or InvalidArgument, 400.

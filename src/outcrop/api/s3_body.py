@@ -79,9 +79,9 @@ async def open_upload(
         ApiError: MissingContentLength 411; NotImplemented 501 for a checksum S3 does not know;
             what the body's checks raise.
     """
-    length = _content_length(headers, "content-length")
     declared = payload_hash or UNSIGNED_PAYLOAD
     if not is_chunked(declared):
+        length = _content_length(headers, "content-length")
         pieces = _plain_pieces(body, declared, length)
         return Upload(await _held_back(pieces), length, declared)
     decoded_length = _content_length(headers, "x-amz-decoded-content-length")

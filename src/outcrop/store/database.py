@@ -3,7 +3,8 @@
 SQLite runs in WAL mode, so that readers never wait for a writer, and with `synchronous=FULL`, which
 syncs the log at every commit: what was acknowledged survives a power cut, not only a killed
 process. A sync cost 4 ms: a heartbeat took 4.0 ms and not 0.4, creating a job 11 ms and not 6
-(medians of 300 with a load of 7 on two cores, ext4 on a virtual disk). Nothing here writes more than a few times a second.
+(medians of 300 with a load of 7 on two cores, ext4 on a virtual disk). Nothing here writes more
+than a few times a second.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
 from outcrop.train.schedule import evaluation_steps, learning_rate
-from outcrop.train.threads import use_threads
+from outcrop.train.threads import available_cores
 
 MAX_GRADIENT_NORM = 1.0
 """Gradients are scaled down to this norm. Source: Llama 2 (arXiv 2307.09288), section 2.2."""
@@ -112,7 +112,7 @@ def train(
         raise EmptyLossError(
             "No token of the training data carries loss: there is nothing to learn."
         )
-    use_threads(threads)
+    torch.set_num_threads(threads or available_cores())
     torch.manual_seed(seed)
     model = load_base(folder, dtype)
     trainable = make_trainable(model, plan, seed)

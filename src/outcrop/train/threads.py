@@ -1,21 +1,19 @@
-"""How many threads a computing process uses, and how they wait for each other.
+"""How many threads a training process computes with, and how they wait for each other.
 
-torch's OpenMP threads wait at the end of each small operation by spinning. Where another process
-takes one of the cores, the others spin until the late one is scheduled again.
+torch's OpenMP threads meet after every small operation, and by default whoever is early spins.
+Where another process takes one of the cores, spinning keeps the late thread from being scheduled:
+two threads then do a tenth of the work of one. So they must sleep instead, which OpenMP reads from
+the environment when torch is imported: whoever starts a training process passes this on. Torch-free.
+
+Source: GNU libgomp manual, OMP_WAIT_POLICY and GOMP_SPINCOUNT; measured in docs/learning-rate.md.
 """
 
 from __future__ import annotations
 
 import os
 
-import torch
-
-
-def use_threads(threads: int) -> int:
-    """Make torch compute with so many threads, 0 for all cores of this process; return how many."""
-    count = threads or available_cores()
-    torch.set_num_threads(count)
-    return count
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Variables of a process that trains; an operator's own values come before these."""
 
 
 def available_cores() -> int:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
+from tests.unit.store.build import new_model, queued, running
 
 from outcrop.jobs import gc
 from outcrop.settings import Settings
 from outcrop.store import jobs, models
 from outcrop.store.database import transaction
-from tests.unit.store.build import new_model, queued, running
 
 OLD = time.time() - 2 * gc.YOUNG_SECONDS
 

@@ -23,7 +23,7 @@ ROOM = Capacity(cores=2, memory_bytes=1 << 30, slots=1)
 
 def run_all(engine: Engine) -> list[str]:
     """Claim and end one job after the other; returns their names in the order they ran."""
-    order = []
+    order: list[str] = []
     while True:
         with transaction(engine) as connection:
             job = queue.claim_next(connection, "w", ROOM)

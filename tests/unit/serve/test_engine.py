@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.serve.tiny_chat import (
+    load_reference,
+    reference_ids,
+    write_random_adapter,
+    write_tiny_chat,
+)
 
 from outcrop.data.records import Message
 from outcrop.errors import (
@@ -29,12 +35,6 @@ from outcrop.serve.request import (
     TokenEvent,
 )
 from outcrop.serve.sequence import PREFILL_TOKENS
-from tests.unit.serve.tiny_chat import (
-    load_reference,
-    reference_ids,
-    write_random_adapter,
-    write_tiny_chat,
-)
 
 CONTEXT = 512
 HELLO = (Message("user", "Hello there, what is the weather like?"),)

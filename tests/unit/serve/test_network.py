@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.serve.tiny_chat import (
+    load_reference,
+    random_adapter,
+    reference_ids,
+    write_tiny_chat,
+)
 from torch import Tensor
 
 from outcrop.errors import ModelError
@@ -18,12 +24,6 @@ from outcrop.serve.network import (
     Network,
     is_plain_llama,
     load_network,
-)
-from tests.unit.serve.tiny_chat import (
-    load_reference,
-    random_adapter,
-    reference_ids,
-    write_tiny_chat,
 )
 
 PROMPT = [20, 31, 7, 99, 140, 3, 250]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tests.unit.serve.tiny_chat import write_tiny_chat
 
 from outcrop.data.records import Message
 from outcrop.data.render import Renderer
 from outcrop.errors import ValidationException
 from outcrop.serve.prompt import fit_prompt
 from outcrop.serve.request import SamplingParams, Truncate
-from tests.unit.serve.tiny_chat import write_tiny_chat
 
 CONTEXT = 120
 LONG = (Message("system", "Be brief."), Message("user", "START " + "abc " * 200 + " END"))

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import httpx
 import pytest
+from tests.unit.serve.tiny_chat import write_random_adapter, write_tiny_chat
 
 from outcrop.data.records import Message
 from outcrop.errors import (
@@ -29,7 +30,6 @@ from outcrop.serve.client import ModelClient
 from outcrop.serve.request import Generation, GenerationRequest, SamplingParams, TokenEvent
 from outcrop.serve.server import default_threads, run_model_server
 from outcrop.settings import Settings
-from tests.unit.serve.tiny_chat import write_random_adapter, write_tiny_chat
 
 T = TypeVar("T")
 SECONDS = 30.0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.assets.tiny_model import tiny_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaForCausalLM
@@ -20,7 +21,6 @@ from outcrop.models.lora import (
     attach,
     save_adapter,
 )
-from tests.assets.tiny_model import tiny_model
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (

@@ -12,6 +12,7 @@ from pathlib import Path
 from outcrop.processes.spawn import Child, ChildSpec, spawn
 from outcrop.settings import Settings, child_environment
 from outcrop.store.rows import Job
+from outcrop.train.threads import ENVIRONMENT
 
 NICE = 10
 """Below the gateway and the model servers, so that a small invocation stays quick while a job
@@ -38,7 +39,7 @@ class LocalExecutor:
             name=f"job {job.id} attempt {job.attempts}",
             command=(*self.command, job.id, str(job.fence)),
             log_file=log_file(self.settings, job),
-            environment=child_environment(self.settings),
+            environment={**ENVIRONMENT, **child_environment(self.settings)},
             nice=NICE,
             restart=False,
             keep_log_bytes=self.settings.keep_log_bytes,
