@@ -34,14 +34,14 @@ format: setup ## Format the code, and mend what the linter can mend
 	@$(BIN)/ruff check --fix .
 
 bench: setup ## Measure start-up and latency; writes benchmarks/results/
-	@$(BIN)/python benchmarks/startup.py
-	@$(BIN)/python benchmarks/get_job_latency.py
+	@$(BIN)/python -m benchmarks.startup
+	@$(BIN)/python -m benchmarks.get_job_latency
 
 serve: setup ## Run the service in the foreground
 	@$(BIN)/outcrop serve
 
 soak: setup ## Run the randomized suites with far more examples; writes benchmarks/results/
-	@$(BIN)/python benchmarks/soak.py
+	@$(BIN)/python -m benchmarks.soak
 
 lock: ## Resolve the dependencies anew and write requirements/*.txt
 	@test -x .lock-tools/bin/python || $(PYTHON) -m venv .lock-tools

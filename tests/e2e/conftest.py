@@ -1,121 +1,101 @@
-"""One service, one bucket and one trained model for all tests of this folder."""
+"""One real service for all tests that change nothing of it, and what it takes a while to make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.service import PUBLISHED, Service, ask_base, in_service, job_request, new_bucket
 
-from tests.e2e.service import (
-    Service,
-    invoke,
-    job_request,
-    start_service,
-    titan,
-    wait_for_job,
-    wait_in_service,
-    write_records,
-)
+_NUMBERS = itertools.count(1)
 
-QUESTIONS = ("Which shelf holds part 3?", "Name a colour.", "What is the capital of France?")
+
+@dataclass(frozen=True)
+class Tuned:
+    """One completed job and what was seen on its way."""
+
+    bucket: str
+    request: dict[str, Any]
+    arn: str
+    created: dict[str, Any]
+    """What GetModelCustomizationJob answered right after the creation."""
+    base_answer: bytes
+    """What the base model answered to `ask_base` before the job."""
+    job: dict[str, Any]
+    """What GetModelCustomizationJob answers at the end."""
+
+    @property
+    def folder(self) -> str:
+        """The key below which the job wrote."""
+        return f"out/model-customization-job-{self.arn.rpartition('/')[2]}/"
 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The service that the tests share; what a test makes in it has names of its own."""
-    running = start_service(tmp_path_factory.mktemp("service") / "data")
+    """The shared service: one job at a time, whatever the machine has."""
+    running = Service(tmp_path_factory.mktemp("service") / "data", OUTCROP_JOB_SLOTS="1")
+    running.start()
     yield running
     running.stop()
 
 
-@pytest.fixture(scope="session")
-def s3(service: Service) -> Any:
-    """An S3 client."""
-    return service.client("s3")
-
-
-@pytest.fixture(scope="session")
-def bedrock(service: Service) -> Any:
-    """A Bedrock client."""
-    return service.client("bedrock")
-
-
-@pytest.fixture(scope="session")
-def runtime(service: Service) -> Any:
-    """A Bedrock runtime client."""
-    return service.client("bedrock-runtime")
-
-
-@pytest.fixture(scope="session")
-def bucket(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A bucket with 16 training and 8 validation records."""
-    name = "shared-records"
-    folder = tmp_path_factory.mktemp("records")
-    s3.create_bucket(Bucket=name)
-    for key, number, start in (("train.jsonl", 16, 0), ("validation.jsonl", 8, 100)):
-        data = write_records(folder / key, number, start).read_bytes()
-        s3.put_object(Bucket=name, Key=key, Body=data)
-    return name
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A job that has completed, and what was seen on its way."""
-
-    base_answers: list[str]
-    """What the base model answered to QUESTIONS before anything was trained."""
-    first_seen: dict[str, Any]
-    """The job as it was described right after its creation."""
-    job: dict[str, Any]
-    """The job as it is described now."""
-
-    @property
-    def model_arn(self) -> str:
-        """ARN of the custom model."""
-        return str(self.job["outputModelArn"])
-
-
-@pytest.fixture(scope="session")
-def trained(bedrock: Any, runtime: Any, bucket: str) -> Trained:
-    """The published example's job on Titan Text Express, run to its end."""
-    base = "amazon.titan-text-express-v1"
-    answers = [text_of(runtime, base, question) for question in QUESTIONS]
-    request = job_request(
-        "shared-job",
-        bucket,
-        baseModelIdentifier=base,
-        hyperParameters={"epochCount": "3", "batchSize": "8", "learningRate": "0.00001"},
-    )
-    arn = bedrock.create_model_customization_job(**request)["jobArn"]
-    first = bedrock.get_model_customization_job(jobIdentifier=arn)
-    job = wait_for_job(bedrock, arn)
-    assert job["status"] == "Completed", job.get("failureMessage")
-    return Trained(answers, first, job)
-
-
-@pytest.fixture(scope="session")
-def throughput(bedrock: Any, trained: Trained) -> str:
-    """ARN of provisioned throughput of the trained model, in service."""
-    arn: str = bedrock.create_provisioned_model_throughput(
-        modelUnits=1, provisionedModelName="shared-throughput", modelId=trained.model_arn
-    )["provisionedModelArn"]
-    wait_in_service(bedrock, arn)
-    return arn
-
-
-def text_of(runtime: Any, model_id: str, question: str) -> str:
-    """Return a model's greedy answer to a question in the Titan body."""
-    body, _ = invoke(runtime, model_id, titan(question))
-    return str(body["results"][0]["outputText"])
+@pytest.fixture
+def own_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service for one test that ends parts of it."""
+    own = Service(tmp_path_factory.mktemp("own") / "data", OUTCROP_JOB_SLOTS="1")
+    own.start()
+    yield own
+    if own.running:
+        own.stop()
 
 
 @pytest.fixture
-def small_files(tmp_path: Path) -> Path:
-    """A folder with few records, as examples/customize.py reads them."""
-    write_records(tmp_path / "training.jsonl", 8)
-    write_records(tmp_path / "validation.jsonl", 4, 100)
-    write_records(tmp_path / "test.jsonl", 3, 200)
-    return tmp_path
+def name() -> str:
+    """A name that no other test uses."""
+    return f"e2e-{next(_NUMBERS)}"
+
+
+@pytest.fixture
+def bucket(service: Service, name: str) -> str:
+    """A bucket with training and validation records."""
+    return new_bucket(service, f"{name}-bucket")
+
+
+@pytest.fixture(scope="session")
+def tuned(service: Service) -> Tuned:
+    """One completed job of the published form on 24 short records."""
+    bucket = new_bucket(service, "tuned-bucket")
+    base_answer = ask_base(service)
+    request = job_request(
+        bucket,
+        "tuned-job",
+        customModelName="tuned-model",
+        clientRequestToken="tuned-token",
+        jobTags=[{"key": "team", "value": "geology"}],
+        customModelTags=[{"key": "kind", "value": "first"}],
+        hyperParameters={**PUBLISHED, "learningRate": "0.0001"},
+    )
+    arn = service.client("bedrock").create_model_customization_job(**request)["jobArn"]
+    created = service.job(arn)
+    job = service.wait_for_job(arn)
+    assert job["status"] == "Completed", job.get("failureMessage")
+    return Tuned(bucket, request, arn, created, base_answer, job)
+
+
+@pytest.fixture(scope="session")
+def throughput(service: Service, tuned: Tuned) -> str:
+    """The ARN of a throughput of the custom model that is InService."""
+    return in_service(service, "tuned-throughput", tuned.job["outputModelArn"])
+
+
+@pytest.fixture
+def drop_throughput(service: Service) -> Iterator[Callable[[str], None]]:
+    """Takes names of throughputs that are deleted when the test ends."""
+    names: list[str] = []
+    yield names.append
+    bedrock = service.client("bedrock")
+    for name in names:
+        bedrock.delete_provisioned_model_throughput(provisionedModelId=name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
-from tests.e2e.conftest import Tuned, ask_base, in_service
+from tests.e2e.conftest import Tuned
 from tests.e2e.service import (
     ACCOUNT,
     COHERE,
@@ -21,6 +21,8 @@ from tests.e2e.service import (
     ROLE,
     TITAN,
     Service,
+    ask_base,
+    in_service,
     job_request,
     keys,
     refusal,
@@ -123,7 +125,7 @@ def test_the_hyperparameters_in_effect_are_the_users_and_the_defaults(tuned: Tun
     assert tuned.job["hyperParameters"] == {
         "epochCount": "1",
         "batchSize": "8",
-        "learningRate": "0.001",
+        "learningRate": "0.0001",
         "earlyStoppingThreshold": "0.01",
         "earlyStoppingPatience": "6",
         "evalPercentage": "20.0",
@@ -237,11 +239,11 @@ def test_a_throughput_is_made_for_the_published_arn_of_a_model(
     tuned: Tuned,
     throughput: str,
     name: str,
-    drop_throughputs: Callable[[str], None],
+    drop_throughput: Callable[[str], None],
 ) -> None:
     published = f"arn:aws:bedrock:{REGION}:{ACCOUNT}:custom-model/tuned-model"
     arn = in_service(service, name, published)
-    drop_throughputs(arn)
+    drop_throughput(arn)
     same, _ = invoke(service, arn, COHERE_BODY)
     other, _ = invoke(service, throughput, COHERE_BODY)
     assert same["generations"][0]["text"] == other["generations"][0]["text"]
@@ -250,16 +252,16 @@ def test_a_throughput_is_made_for_the_published_arn_of_a_model(
 # --- 7: invocation --------------------------------------------------------------------------------
 
 
-def test_titan_body_is_answered_in_titans_format(warm: Service) -> None:
-    answer, headers = invoke(warm, TITAN, TITAN_BODY)
+def test_titan_body_is_answered_in_titans_format(service: Service) -> None:
+    answer, headers = invoke(service, TITAN, TITAN_BODY)
     (result,) = answer["results"]
     assert result.keys() == {"tokenCount", "outputText", "completionReason"}
     assert result["completionReason"] in ("FINISH", "LENGTH")
     _check_counts(headers, answer["inputTextTokenCount"], result["tokenCount"])
 
 
-def test_cohere_body_is_answered_in_coheres_format(warm: Service) -> None:
-    answer, headers = invoke(warm, COHERE, COHERE_BODY)
+def test_cohere_body_is_answered_in_coheres_format(service: Service) -> None:
+    answer, headers = invoke(service, COHERE, COHERE_BODY)
     assert answer["prompt"] == COHERE_BODY["prompt"]
     (generation,) = answer["generations"]
     assert generation["finish_reason"] in ("COMPLETE", "MAX_TOKENS")
@@ -267,8 +269,8 @@ def test_cohere_body_is_answered_in_coheres_format(warm: Service) -> None:
     _check_counts(headers)
 
 
-def test_llama_body_is_answered_in_llamas_format(warm: Service) -> None:
-    answer, headers = invoke(warm, LLAMA, LLAMA_BODY)
+def test_llama_body_is_answered_in_llamas_format(service: Service) -> None:
+    answer, headers = invoke(service, LLAMA, LLAMA_BODY)
     assert answer.keys() == {
         "generation",
         "prompt_token_count",
@@ -301,42 +303,42 @@ def _check_counts(
     ],
 )
 def test_ids_with_context_and_arns_can_be_invoked(
-    warm: Service, model: str, body: dict[str, Any]
+    service: Service, model: str, body: dict[str, Any]
 ) -> None:
-    answer, _ = invoke(warm, model, body)
+    answer, _ = invoke(service, model, body)
     assert answer
 
 
-def test_the_same_prompt_has_the_same_tokens_in_every_format(warm: Service) -> None:
+def test_the_same_prompt_has_the_same_tokens_in_every_format(service: Service) -> None:
     counts = {
-        invoke(warm, model, body)[1]["x-amzn-bedrock-input-token-count"]
+        invoke(service, model, body)[1]["x-amzn-bedrock-input-token-count"]
         for model, body in ((TITAN, TITAN_BODY), (COHERE, COHERE_BODY), (LLAMA, LLAMA_BODY))
     }
-    counted = warm.client("bedrock-runtime").count_tokens(
+    counted = service.client("bedrock-runtime").count_tokens(
         modelId=LLAMA, input={"invokeModel": {"body": json.dumps(LLAMA_BODY)}}
     )
     assert counts == {str(counted["inputTokens"])}
 
 
-def test_temperature_0_is_repeatable(warm: Service, throughput: str) -> None:
+def test_temperature_0_is_repeatable(service: Service, throughput: str) -> None:
     for model, body in ((LLAMA, LLAMA_BODY), (throughput, COHERE_BODY)):
         texts = set()
         for _ in range(3):
-            answer, _ = invoke(warm, model, body)
+            answer, _ = invoke(service, model, body)
             texts.add(answer.get("generation") or answer["generations"][0]["text"])
         assert len(texts) == 1
 
 
-def test_max_tokens_and_stop_sequences_end_the_answer(warm: Service) -> None:
-    short, headers = invoke(warm, LLAMA, {**LLAMA_BODY, "max_gen_len": 2})
+def test_max_tokens_and_stop_sequences_end_the_answer(service: Service) -> None:
+    short, _ = invoke(service, LLAMA, {**LLAMA_BODY, "max_gen_len": 2})
     assert (short["generation_token_count"], short["stop_reason"]) == (2, "length")
     prompt = "Count from one to nine in words."
     config = {"maxTokenCount": 40, "temperature": 0}
-    whole, _ = invoke(warm, TITAN, {"inputText": prompt, "textGenerationConfig": config})
+    whole, _ = invoke(service, TITAN, {"inputText": prompt, "textGenerationConfig": config})
     text = whole["results"][0]["outputText"]
     word = text.split()[len(text.split()) // 2]
     cut, _ = invoke(
-        warm,
+        service,
         TITAN,
         {"inputText": prompt, "textGenerationConfig": {**config, "stopSequences": [word]}},
     )
@@ -346,22 +348,22 @@ def test_max_tokens_and_stop_sequences_end_the_answer(warm: Service) -> None:
     assert len(result["outputText"]) < len(text)
 
 
-def test_a_high_temperature_gives_different_answers(warm: Service) -> None:
+def test_a_high_temperature_gives_different_answers(service: Service) -> None:
     body = {"prompt": "Tell a story.", "max_gen_len": 12, "temperature": 1.0, "top_p": 1.0}
-    texts = {invoke(warm, LLAMA, body)[0]["generation"] for _ in range(5)}
+    texts = {invoke(service, LLAMA, body)[0]["generation"] for _ in range(5)}
     assert len(texts) > 1
 
 
-def test_top_k_of_1_is_greedy_at_any_temperature(warm: Service) -> None:
-    greedy, _ = invoke(warm, COHERE, COHERE_BODY)
-    hot, _ = invoke(warm, COHERE, {**COHERE_BODY, "temperature": 5, "k": 1})
+def test_top_k_of_1_is_greedy_at_any_temperature(service: Service) -> None:
+    greedy, _ = invoke(service, COHERE, COHERE_BODY)
+    hot, _ = invoke(service, COHERE, {**COHERE_BODY, "temperature": 5, "k": 1})
     assert hot["generations"][0]["text"] == greedy["generations"][0]["text"]
 
 
-def test_the_custom_model_answers_as_it_was_trained(warm: Service, throughput: str) -> None:
+def test_the_custom_model_answers_as_it_was_trained(service: Service, throughput: str) -> None:
     body = {"prompt": "Which code has part 3?", "max_tokens": 12, "temperature": 0}
-    custom, headers = invoke(warm, throughput, body)
-    base, _ = invoke(warm, COHERE, body)
+    custom, headers = invoke(service, throughput, body)
+    base, _ = invoke(service, COHERE, body)
     assert custom["generations"][0]["text"] != base["generations"][0]["text"]
     _check_counts(headers | {"x-amzn-bedrock-output-token-count": "1"})
 
@@ -371,30 +373,30 @@ def test_the_custom_model_answers_as_it_was_trained(warm: Service, throughput: s
 
 @pytest.mark.slow
 def test_after_the_custom_models_life_the_base_answers_exactly_as_before(
-    warm: Service, tuned: Tuned, name: str, bucket: str
+    service: Service, tuned: Tuned, name: str, bucket: str
 ) -> None:
-    bedrock = warm.client("bedrock")
-    arn = warm.create_job(bucket, name, validationDataConfig=None)
-    model = warm.wait_for_job(arn)["outputModelArn"]
-    throughput = in_service(warm, name, model)
-    invoke(warm, throughput, COHERE_BODY)
+    bedrock = service.client("bedrock")
+    arn = service.create_job(bucket, name, validationDataConfig=None)
+    model = service.wait_for_job(arn)["outputModelArn"]
+    throughput = in_service(service, name, model)
+    invoke(service, throughput, COHERE_BODY)
 
     error = refusal(lambda: bedrock.delete_custom_model(modelIdentifier=model))
     assert (error.code, error.status) == ("ConflictException", 400)
     assert name in error.message, "it must say what holds the model"
 
     bedrock.delete_provisioned_model_throughput(provisionedModelId=throughput)
-    error = refusal(lambda: invoke(warm, throughput, COHERE_BODY))
+    error = refusal(lambda: invoke(service, throughput, COHERE_BODY))
     assert (error.code, error.status) == ("ResourceNotFoundException", 404)
     bedrock.delete_custom_model(modelIdentifier=f"{name}-model")
     with pytest.raises(ClientError, match="ResourceNotFoundException"):
         bedrock.get_custom_model(modelIdentifier=model)
-    artifacts = warm.data_dir / "models" / "custom"
+    artifacts = service.data_dir / "models" / "custom"
     paths = [path for path in artifacts.rglob("*") if path.is_file()]
     assert not any(model.rpartition("/")[2] in str(path) for path in paths)
 
-    assert ask_base(warm) == tuned.base_answer
-    assert warm.job(arn)["status"] == "Completed", "the job outlives its model"
+    assert ask_base(service) == tuned.base_answer
+    assert service.job(arn)["status"] == "Completed", "the job outlives its model"
 
 
 def test_the_role_of_the_examples_is_there_at_the_first_start(

@@ -18,7 +18,8 @@ from transformers import LlamaForCausalLM
 
 from outcrop.data.pack import IGNORE_INDEX, pack
 from outcrop.data.records import Example
-from outcrop.evaluate.likelihood import num_loss_tokens, packed_attention, token_losses
+from outcrop.evaluate.attention import packed_attention
+from outcrop.evaluate.likelihood import num_loss_tokens, token_losses
 from outcrop.models.lora import Adapter, LoraConfig, LoraLinear, adapter_of, attach
 from outcrop.train.loop import gather_gradients
 from outcrop.train.methods import Trainable, make_trainable

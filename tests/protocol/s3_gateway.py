@@ -131,7 +131,7 @@ def _serve(settings: Settings, engine: Engine) -> Iterator[str]:
         response = await s3_request(Request(scope, receive), opened[0], str(uuid.uuid4()))
         await response(scope, receive, send)
 
-    # Named as TCP, or asyncio leaves Nagle on and a body waits 40 ms for the head to be acknowledged.
+    # Named as TCP, or asyncio leaves Nagle on: a body waits 40 ms until the head is acknowledged.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_config=None, server_header=False)

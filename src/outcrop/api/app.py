@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from outcrop.api import handlers
 from outcrop.api.context import Services
 from outcrop.api.s3 import s3_request
+from outcrop.api.s3_actions import OWN_PATHS
 from outcrop.errors import ApiError
 from outcrop.identity.bootstrap import page_key
 from outcrop.ids import new_request_id
@@ -34,9 +35,6 @@ from outcrop.store.database import connect
 from outcrop.wire import serialize, sigv4
 
 logger = logging.getLogger("outcrop.gateway")
-
-RESERVED_PATHS = ("/console", "/healthz", "/metrics", "/v1", "/outcrop")
-"""First parts of paths that are ours for unsigned requests; no bucket may be named so."""
 
 MAX_CONNECTIONS_TO_STORE = 100
 
@@ -113,7 +111,7 @@ async def _respond(request: Request, services: Services) -> Response:
 
 
 def _is_reserved(path: str) -> bool:
-    return any(path == reserved or path.startswith(reserved + "/") for reserved in RESERVED_PATHS)
+    return path.removeprefix("/").partition("/")[0] in OWN_PATHS
 
 
 async def _own_page(request: Request, services: Services) -> Response:

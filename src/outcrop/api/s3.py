@@ -1,30 +1,22 @@
 """S3 requests: verified and authorized here, then passed on to the object store under its own key.
 
-Turns a client's request into one for the backend, and the backend's answer into the client's. Both
-bodies are streamed. The backend sees only what was understood: the query's and the headers' known
-parts, re-encoded and signed with the internal key. What an operation means is in s3_actions.py,
-what happens to a body in s3_body.py.
+Says who asks, what for (s3_actions.py) and whether they may, has the body checked (s3_body.py), and
+hands what was understood to the backend (s3_backend.py). Bodies are streamed in both directions.
 Source: Amazon S3 API Reference, "Common request headers", "Error responses".
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
-from urllib.parse import urlsplit
-from xml.sax.saxutils import escape
 
 import anyio.to_thread
 import httpx
-from sqlalchemy import Engine
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from outcrop.api.s3_actions import (
     S3Call,
@@ -33,6 +25,14 @@ from outcrop.api.s3_actions import (
     delete_permission,
     needed_permissions,
     read_call,
+)
+from outcrop.api.s3_backend import (
+    PassedOn,
+    S3Services,
+    explain_digest,
+    location_body,
+    location_reply,
+    pass_on,
 )
 from outcrop.api.s3_body import (
     Upload,
@@ -44,8 +44,6 @@ from outcrop.api.s3_body import (
 from outcrop.errors import ApiError, InternalServerException, ObjectStoreError
 from outcrop.identity.authorize import authorize_all
 from outcrop.identity.principals import Principal, authenticate
-from outcrop.objects.client import Backend, backend
-from outcrop.settings import Settings
 from outcrop.wire import serialize, sigv4
 from outcrop.wire.signature import Signature, SignedRequest, header_names, header_values
 from outcrop.wire.sigv4 import SigningKey
@@ -54,90 +52,6 @@ logger = logging.getLogger("outcrop.gateway")
 
 UPLOADS = frozenset({"PutObject", "UploadPart"})
 """The operations whose body is data, streamed and of any size."""
-
-_DEFAULT_REGION = "us-east-1"
-_DEFAULT_CONTENT_TYPE = "binary/octet-stream"
-_PASSED_ON = frozenset(
-    {
-        "cache-control",
-        "content-disposition",
-        "content-encoding",
-        "content-language",
-        "content-md5",
-        "content-type",
-        "expires",
-        "if-match",
-        "if-modified-since",
-        "if-none-match",
-        "if-range",
-        "if-unmodified-since",
-        "range",
-    }
-)
-"""Headers that mean something to S3, besides `x-amz-*`."""
-_NOT_PASSED_ON = frozenset(
-    {
-        # Of the signature and the body, which are made anew.
-        "x-amz-content-sha256",
-        "x-amz-date",
-        "x-amz-security-token",
-        "x-amz-decoded-content-length",
-        "x-amz-trailer",
-        # About accounts, which the backend does not know; checked here.
-        "x-amz-acl",
-        "x-amz-expected-bucket-owner",
-        "x-amz-source-expected-bucket-owner",
-        "x-amz-request-payer",
-        # Written anew from what was understood.
-        "x-amz-copy-source",
-    }
-)
-_BODY_DIGESTS = frozenset(
-    {
-        "content-md5",
-        "content-type",
-        "x-amz-sdk-checksum-algorithm",
-        "x-amz-checksum-crc32",
-        "x-amz-checksum-crc32c",
-        "x-amz-checksum-crc64nvme",
-        "x-amz-checksum-sha1",
-        "x-amz-checksum-sha256",
-    }
-)
-_NOT_PASSED_BACK = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"transfer-encoding",
-        b"upgrade",
-        b"server",
-        b"date",
-        b"vary",
-        b"x-amz-request-id",
-        b"x-amz-id-2",
-    }
-)
-_NOT_PASSED_BACK_PREFIXES = (b"seaweed-", b"x-seaweedfs-", b"access-control-")
-
-
-class S3Services(Protocol):
-    """What S3 requests need of the gateway's services."""
-
-    @property
-    def settings(self) -> Settings:
-        """The operator's settings."""
-
-    @property
-    def engine(self) -> Engine:
-        """The database."""
-
-    @property
-    def backend(self) -> Backend:
-        """Where the objects are."""
-
-    @property
-    def http(self) -> httpx.AsyncClient:
-        """Connections to there; without a time limit on transfers."""
 
 
 @dataclass(frozen=True)
@@ -238,15 +152,15 @@ async def _answer(request: Request, services: S3Services, body: _Body, trace: _T
             aiter(body), call.headers, verified.signature.payload_hash, verified.key
         )
         content = await anyio.to_thread.run_sync(_check_content, services, verified, content)
-    upstream = await _send(services, request.method, call, content)
+    upstream = await pass_on(services, request.method, call, content)
     if call.operation == "GetBucketLocation" and upstream.is_success:
         await upstream.aclose()
-        return _location(services.settings.region)
+        return location_reply(services.settings.region)
     if call.operation == "HeadBucket":
         upstream.headers["x-amz-bucket-region"] = services.settings.region
     if upstream.status_code == 400 and isinstance(content, Upload) and content.headers:
-        return await _explain_digest(upstream)
-    return _PassedOn(upstream, upstream.aiter_raw())
+        return await explain_digest(upstream)
+    return PassedOn(upstream, upstream.aiter_raw())
 
 
 # --- may they ------------------------------------------------------------------------------------
@@ -341,7 +255,7 @@ def _check_content(services: S3Services, verified: _Verified, content: bytes) ->
                 code="IllegalLocationConstraintException",
                 http_status=400,
             )
-        return _location_request(services.backend.region)
+        return location_body(services.backend.region)
     elif call.operation == "PutBucketEncryption" and b"aws:kms" in content:
         raise ApiError(
             "Encryption with keys of a key management service is not offered by this service yet. "
@@ -354,152 +268,6 @@ def _check_content(services: S3Services, verified: _Verified, content: bytes) ->
 
 def _denied() -> ApiError:
     return ApiError("Access Denied", code="AccessDenied", http_status=403)
-
-
-# --- to the backend and back ---------------------------------------------------------------------
-
-
-async def _send(
-    services: S3Services, method: str, call: S3Call, content: Upload | bytes
-) -> httpx.Response:
-    """Pass a call on; the answer's body is not read yet."""
-    try:
-        return await _send_to(services.backend, services.http, method, call, content)
-    except httpx.ConnectError:
-        # The embedded store may have been started again on another port. Nothing was sent so far.
-        current = await anyio.to_thread.run_sync(backend, services.settings)
-        if current.url == services.backend.url:
-            raise
-        return await _send_to(current, services.http, method, call, content)
-
-
-async def _send_to(
-    place: Backend,
-    http: httpx.AsyncClient,
-    method: str,
-    call: S3Call,
-    content: Upload | bytes,
-) -> httpx.Response:
-    headers = _headers_to_pass_on(call)
-    url = urlsplit(place.url)
-    headers["host"] = url.netloc
-    body: AsyncIterator[bytes] | bytes | None
-    if isinstance(content, Upload):
-        headers |= content.headers
-        payload_hash, length, body = content.payload_hash, content.length, content.content
-    else:
-        payload_hash, length, body = hashlib.sha256(content).hexdigest(), len(content), content
-    raw_path = url.path.rstrip("/") + call.raw_path
-    signature = sigv4.sign_headers(
-        method,
-        raw_path,
-        call.raw_query,
-        headers,
-        access_key_id=place.access_key_id,
-        secret_access_key=place.secret_access_key,
-        region=place.region,
-        service="s3",
-        payload_hash=payload_hash,
-        now=datetime.now(UTC),
-    )
-    # Objects come back as they were stored; not one of the client's own headers, so not signed.
-    headers |= {**signature, "accept-encoding": "identity", "user-agent": "outcrop"}
-    if method in ("PUT", "POST"):
-        headers["content-length"] = str(length)
-    else:
-        body = None
-    target = raw_path + (f"?{call.raw_query}" if call.raw_query else "")
-    request = http.build_request(
-        method,
-        place.url,
-        headers=[
-            (name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()
-        ],
-        content=body,
-        extensions={"target": target.encode("ascii")},  # httpx would re-write the path
-    )
-    return await http.send(request, stream=True)
-
-
-def _headers_to_pass_on(call: S3Call) -> dict[str, str]:
-    headers = {
-        name: value
-        for name, value in call.headers.items()
-        if name in _PASSED_ON or (name.startswith("x-amz-") and name not in _NOT_PASSED_ON)
-    }
-    if call.operation == "CreateBucket":
-        # Its body is written anew, so a digest of the old one would be wrong.
-        headers = {name: value for name, value in headers.items() if name not in _BODY_DIGESTS}
-    codings = [item.strip() for item in headers.pop("content-encoding", "").split(",")]
-    # aws-chunked says how the body travelled, which is over; the backend would keep it.
-    kept = ",".join(item for item in codings if item and item.lower() != "aws-chunked")
-    if kept:
-        headers["content-encoding"] = kept
-    if call.copy_source is not None:
-        headers["x-amz-copy-source"] = str(call.copy_source)
-    if call.operation in ("PutObject", "CreateMultipartUpload"):
-        # S3's own default; the backend would guess from the content.
-        headers.setdefault("content-type", _DEFAULT_CONTENT_TYPE)
-    return headers
-
-
-class _PassedOn(StreamingResponse):
-    """The backend's answer, streamed to the client."""
-
-    def __init__(self, upstream: httpx.Response, content: AsyncIterator[bytes]) -> None:
-        super().__init__(content, upstream.status_code)
-        self._upstream = upstream
-        self.raw_headers = [
-            (name.lower(), value)
-            for name, value in upstream.headers.raw
-            if name.lower() not in _NOT_PASSED_BACK
-            and not name.lower().startswith(_NOT_PASSED_BACK_PREFIXES)
-        ]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it; the backend's connection is given back whatever becomes of the client."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._upstream.aclose()
-
-
-async def _explain_digest(upstream: httpx.Response) -> Response:
-    """Answer as S3 does where a trailer's checksum was wrong; the backend blames Content-MD5."""
-    parts = [part async for part in upstream.aiter_raw()]
-    if b"<Code>InvalidDigest</Code>" in b"".join(parts):
-        await upstream.aclose()
-        raise ApiError(
-            "The checksum in the trailer did not match the calculated checksum.",
-            code="BadDigest",
-            http_status=400,
-        )
-
-    async def again() -> AsyncIterator[bytes]:
-        for part in parts:
-            yield part
-
-    return _PassedOn(upstream, again())
-
-
-def _location_request(region: str) -> bytes:
-    """Return the body that makes a bucket where the backend is; it has a region of its own."""
-    if region == _DEFAULT_REGION:
-        return b""
-    return (
-        '<CreateBucketConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-        f"<LocationConstraint>{escape(region)}</LocationConstraint></CreateBucketConfiguration>"
-    ).encode()
-
-
-def _location(region: str) -> Response:
-    shown = "" if region == _DEFAULT_REGION else escape(region)
-    body = (
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f'<LocationConstraint xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{shown}'
-        "</LocationConstraint>"
-    )
-    return Response(body, media_type="application/xml")
 
 
 def _error(request: Request, error: ApiError, request_id: str) -> Response:

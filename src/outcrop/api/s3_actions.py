@@ -20,7 +20,9 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes
 from outcrop.errors import ApiError
 from outcrop.wire.model import service_model
 
-RESERVED_BUCKETS = frozenset({"console", "healthz", "metrics", "v1", "outcrop", "model"})
+OWN_PATHS = frozenset({"console", "healthz", "metrics", "v1", "outcrop"})
+"""First parts of paths that are ours for requests without a signature."""
+RESERVED_BUCKETS = OWN_PATHS | {"model"}
 """First parts of paths of ours on the same port; no bucket may take such a name."""
 
 ACTIONS: dict[str, str] = {
@@ -113,6 +115,7 @@ _REFUSED_HEADERS = (
     "x-amz-bypass-governance-retention",
     "x-amz-write-offset-bytes",
 )
+_TOKEN = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 MAX_KEY_BYTES = 1024
 MAX_SEGMENT_BYTES = 255
@@ -184,7 +187,7 @@ def read_call(method: str, raw_path: str, raw_query: str, headers: Mapping[str, 
     bucket, key = _split_path(raw_path)
     hoisted: dict[str, str] = {}
     query: dict[str, str] = {}
-    for name, value in parse_qsl(raw_query, keep_blank_values=True, errors="strict"):
+    for name, value in _pairs(raw_query):
         lowered = name.lower()
         if lowered in _IGNORED_PARAMETERS:
             continue
@@ -310,16 +313,21 @@ def _split_path(raw_path: str) -> tuple[str, str]:
         bucket = unquote_to_bytes(raw_bucket).decode("utf-8")
         key = unquote_to_bytes(raw_key).decode("utf-8")
     except UnicodeDecodeError:
-        raise ApiError(
-            "Couldn't parse the specified URI.", code="InvalidURI", http_status=400
-        ) from None
+        raise _invalid_uri() from None
     if not bucket and key:
-        raise ApiError("Couldn't parse the specified URI.", code="InvalidURI", http_status=400)
+        raise _invalid_uri()
     if bucket and not _BUCKET.fullmatch(bucket):
         raise _invalid_bucket(bucket, "The specified bucket is not valid.")
     if key:
         check_key(key)
     return bucket, key
+
+
+def _pairs(raw_query: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(raw_query, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise _invalid_uri() from None
 
 
 @cache
@@ -377,7 +385,12 @@ def _find_operation(
 
 def _check_headers(headers: Mapping[str, str]) -> None:
     """Refuse headers that change what an operation means in a way that is not offered."""
-    for name in headers:
+    for name, value in headers.items():
+        is_text = value.isascii() and (value.isprintable() or not value)
+        if name.startswith("x-amz-") and not (is_text and _TOKEN.fullmatch(name)):
+            raise _invalid_argument(
+                "The names and values of x-amz- headers must be printable ASCII text.", name, value
+            )
         if name.startswith(_REFUSED_HEADERS):
             raise ApiError(
                 f"The header {name} is not offered by this service.",
@@ -414,6 +427,10 @@ def _read_copy_source(text: str) -> CopySource:
         )
     check_key(key)
     return CopySource(bucket, key, version_id)
+
+
+def _invalid_uri() -> ApiError:
+    return ApiError("Couldn't parse the specified URI.", code="InvalidURI", http_status=400)
 
 
 def _invalid_bucket(name: str, message: str) -> ApiError:

@@ -34,6 +34,8 @@ from outcrop.store.rows import ModelServer
 logger = logging.getLogger("outcrop.serve")
 
 START_SECONDS = 60.0
+MODEL_SECONDS = 300.0
+"""How long a model server may take to be up: the first one of a model converts its weights."""
 STOP_SECONDS = 9.0
 """In total, for all processes; SIGTERM is promised to take at most 10 s."""
 LOOK_SECONDS = 0.1
@@ -189,7 +191,12 @@ class _Service:
             servers.mark_starting(connection, key, str(address))
         self.supervisor.add(
             self._part(
-                "model-server", *arguments, name=_server_name(key), ready=READY_LINE, restart=False
+                "model-server",
+                *arguments,
+                name=_server_name(key),
+                ready=READY_LINE,
+                ready_seconds=MODEL_SECONDS,
+                restart=False,
             )
         )
 
@@ -199,6 +206,7 @@ class _Service:
         *arguments: str,
         name: str | None = None,
         ready: str | None = None,
+        ready_seconds: float = START_SECONDS,
         after: tuple[str, ...] = (),
         restart: bool = True,
     ) -> ChildSpec:
@@ -209,7 +217,7 @@ class _Service:
             log_file=self.settings.data_dir / "logs" / f"{name.replace(':', '-')}.log",
             environment=child_environment(self.settings),
             ready=ready,
-            ready_seconds=START_SECONDS,
+            ready_seconds=ready_seconds,
             after=after,
             restart=restart,
             keep_log_bytes=self.settings.keep_log_bytes,

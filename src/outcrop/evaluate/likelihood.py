@@ -6,37 +6,33 @@ loss, in float32. Training and evaluation share this one forward pass.
 
 It knows nothing of adapters, epochs or files.
 
-Axis suffixes: B rows (always 1), T tokens, N heads, G heads of keys and values, H width of a head,
-D model width, L tokens that carry loss, V vocabulary.
+Axis suffixes: B rows (always 1), T tokens, D model width, L tokens that carry loss, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
+from torch import Tensor
 
 from outcrop.data.pack import IGNORE_INDEX, MicroBatch, pack
 from outcrop.errors import EmptyLossError, StopRequested
+from outcrop.evaluate.attention import packed_attention
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from outcrop.data.records import Example
 
-PACKED_ATTENTION = "outcrop_packed"
 MAX_MICRO_BATCH_TOKENS = 1024
-"""Tokens of one forward pass. A longer record is a micro-batch of its own. On a 135M model 2048 is no
-faster and takes 1.2 GB more."""
+"""Tokens of one forward pass. A longer record is a micro-batch of its own. On 135 million
+parameters, 2048 is no faster and takes 1.2 GB more."""
 HEAD_CHUNK_TOKENS = 512
-"""Tokens whose scores over the vocabulary are held at once: 100 MB in float32 at 49,152 words."""
+"""Tokens whose scores over the vocabulary are float32 at once: 100 MB at 49,152 words."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +97,6 @@ def num_loss_tokens(example: Example) -> int:
     return sum(example.loss_mask[1:])
 
 
-@contextmanager
-def packed_attention(model: LlamaForCausalLM) -> Iterator[None]:
-    """Make the model take packed rows inside a `with`, and give its own attention back after."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = PACKED_ATTENTION
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-
-
 def token_losses(
     model: LlamaForCausalLM, batch: MicroBatch, chunk_tokens: int = HEAD_CHUNK_TOKENS
 ) -> Tensor:
@@ -120,8 +105,7 @@ def token_losses(
     The model must be inside `packed_attention`. Gradients flow where they are enabled.
 
     Args:
-        chunk_tokens: how many tokens' scores over the vocabulary may exist at once. Where there
-            are more, they are computed again for the backward pass.
+        chunk_tokens: how many tokens' scores over the vocabulary may exist in float32 at once.
     """
     device = model.model.embed_tokens.weight.device
     input_ids_BT = torch.tensor([batch.input_ids], device=device)
@@ -139,54 +123,38 @@ def token_losses(
     places_L = torch.tensor(places, device=device)
     labels_L = torch.tensor([batch.labels[place] for place in places], device=device)
     hidden_LD = hidden_TD.index_select(0, places_L - 1)
-    head = model.lm_head
-    if len(places) <= chunk_tokens:
-        return _cross_entropy(head, hidden_LD, labels_L)
-    chunks = zip(hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True)
+    head: Callable[..., Tensor] = _HeadLoss.apply
     return torch.cat(
         [
-            checkpoint(_cross_entropy, head, hidden, labels, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else _cross_entropy(head, hidden, labels)
-            for hidden, labels in chunks
+            head(hidden, model.lm_head.weight, labels)
+            for hidden, labels in zip(
+                hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True
+            )
         ]
     )
 
 
-def _cross_entropy(head: nn.Module, hidden_LD: Tensor, labels_L: Tensor) -> Tensor:
-    logits_LV = head(hidden_LD).float()
-    return nn.functional.cross_entropy(logits_LV, labels_L, reduction="none")
+class _HeadLoss(torch.autograd.Function):
+    """Cross entropy of the scores hidden x weight^T, float32, without a copy of them in float32.
 
-
-def _attend(
-    module: nn.Module,
-    query_BNTH: Tensor,
-    key_BGTH: Tensor,
-    value_BGTH: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segment_lengths: Sequence[int],
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend causally inside each record of a packed row.
-
-    Source: transformers' AttentionInterface for the arguments and the axes of the result.
+    Only the scores in the model's own type are kept for the backward pass, which turns them into
+    their gradient in place: probabilities, less one at the label.
     """
-    lengths = list(segment_lengths)
-    outputs = [
-        nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True
-        )
-        for query, key, value in zip(
-            query_BNTH.split(lengths, dim=2),
-            key_BGTH.split(lengths, dim=2),
-            value_BGTH.split(lengths, dim=2),
-            strict=True,
-        )
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
+    @staticmethod
+    def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
+        logits_LV = hidden_LD @ weight_VD.t()
+        scores_LV = logits_LV.float()
+        normalizer_L = torch.logsumexp(scores_LV, dim=-1)
+        ctx.save_for_backward(hidden_LD, weight_VD, labels_L, logits_LV, normalizer_L)
+        return normalizer_L - scores_LV.gather(1, labels_L[:, None])[:, 0]
 
-AttentionInterface.register(PACKED_ATTENTION, _attend)
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_L,) = grad_outputs
+        hidden_LD, weight_VD, labels_L, logits_LV, normalizer_L = ctx.saved_tensors
+        grad_LV = logits_LV.float().sub_(normalizer_L[:, None]).exp_()
+        grad_LV[torch.arange(len(labels_L), device=grad_LV.device), labels_L] -= 1.0
+        grad_logits_LV = grad_LV.mul_(grad_L[:, None]).to(logits_LV.dtype)
+        grad_weight = grad_logits_LV.t() @ hidden_LD if ctx.needs_input_grad[1] else None
+        return grad_logits_LV @ weight_VD, grad_weight, None

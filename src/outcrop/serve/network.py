@@ -292,18 +292,22 @@ class GeneralNetwork:
 
 
 def linear(layer: nn.Module, x_TI: Tensor) -> Tensor:
-    """Return a linear layer's output, its adapter included where it has one."""
+    """Return a linear layer's output, its adapter included where it has one.
+
+    With an adapter the frozen product goes onto the change and is rounded once, as in training.
+    One token takes products with a vector: in bfloat16 on a CPU they take half the time.
+    """
+    single = x_TI.shape[0] == 1
     if isinstance(layer, LoraLinear):
         if layer.lora_a is not None and layer.lora_b is not None:
-            # As in training: the frozen product goes onto the change and is rounded once.
-            y_TO = (x_TI @ layer.lora_a.t()) @ layer.lora_b.t()
-            return y_TO.addmm_(x_TI, layer.linear.weight.t())
+            weight_OI, a_RI, b_OR = layer.linear.weight, layer.lora_a, layer.lora_b
+            if single:
+                x_I = x_TI[0]
+                return torch.mv(b_OR, torch.mv(a_RI, x_I)).addmv_(weight_OI, x_I).unsqueeze(0)
+            return ((x_TI @ a_RI.t()) @ b_OR.t()).addmm_(x_TI, weight_OI.t())
         layer = layer.linear
-    weight_OI: Any = layer.weight
-    if x_TI.shape[0] == 1:
-        # In bfloat16 on a CPU the product with a vector runs half as long again as fast.
-        return torch.mv(weight_OI, x_TI[0]).unsqueeze(0)
-    return nn.functional.linear(x_TI, weight_OI)
+    weight: Any = layer.weight
+    return torch.mv(weight, x_TI[0]).unsqueeze(0) if single else nn.functional.linear(x_TI, weight)
 
 
 def _rotate(x_NTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ import torch
 from outcrop.data.pack import pack
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
+from outcrop.evaluate.attention import packed_attention
 from outcrop.evaluate.likelihood import (
     MAX_MICRO_BATCH_TOKENS,
     evaluate_likelihood,
     num_loss_tokens,
-    packed_attention,
     perplexity,
     token_losses,
 )

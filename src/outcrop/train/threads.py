@@ -1,9 +1,9 @@
 """How many threads a training process computes with, and how they wait for each other.
 
 torch's OpenMP threads meet after every small operation, and by default whoever is early spins.
-Where another process takes one of the cores, spinning keeps the late thread from being scheduled:
-two threads then do a tenth of the work of one. So they must sleep instead, which OpenMP reads from
-the environment when torch is imported: whoever starts a training process passes this on. Torch-free.
+Where other processes want the cores, spinning keeps the late thread from being scheduled: two
+threads then do a tenth of the work of one. So they must sleep instead. OpenMP reads that from the
+environment when torch is imported: whoever starts a training process passes it on. Torch-free.
 
 Source: GNU libgomp manual, OMP_WAIT_POLICY and GOMP_SPINCOUNT; measured in docs/learning-rate.md.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 from typing import Any
 
@@ -184,6 +185,7 @@ def test_permissions_that_a_request_needs(
         ("GET", "/bkt%2Fk", "", {}, "InvalidBucketName"),
         ("GET", "//k", "", {}, "InvalidURI"),
         ("GET", "/bkt/%ff", "", {}, "InvalidURI"),
+        ("GET", "/bkt/k", "versionId=%ff", {}, "InvalidURI"),
         ("GET", "/bkt/" + "k" * 1025, "", {}, "KeyTooLongError"),
         ("GET", "/bkt/" + "k" * 256, "", {}, "KeyTooLongError"),
         ("GET", "/bkt/a%2F%2Fb", "", {}, "InvalidArgument"),
@@ -193,6 +195,9 @@ def test_permissions_that_a_request_needs(
         ("PUT", "/bkt/k", "", {"x-amz-acl": "public-read"}, "AccessControlListNotSupported"),
         ("PUT", "/bkt/k", "", {"x-amz-grant-read": "id=1"}, "AccessControlListNotSupported"),
         ("PUT", "/bkt/k", "", {"x-amz-server-side-encryption": "aws:kms"}, "NotImplemented"),
+        ("PUT", "/bkt/k", "", {"x-amz-meta-a": "ü"}, "InvalidArgument"),
+        ("PUT", "/bkt/k", "x-amz-meta-a=b%0d%0ahost:c", {}, "InvalidArgument"),
+        ("PUT", "/bkt/k", "x-amz-meta%0a=b", {}, "InvalidArgument"),
         ("PUT", "/bkt/k", "", {"x-amz-object-lock-mode": "GOVERNANCE"}, "NotImplemented"),
     ],
 )
@@ -236,11 +241,8 @@ def test_other_bucket_names_are_given_out() -> None:
     st.text("aclversionId=&uploads?/%2", max_size=20),
 )
 def test_any_request_is_understood_or_refused(method: str, path: str, query: str) -> None:
-    try:
+    with contextlib.suppress(ApiError):
         found = read_call(method, "/bkt/" + path, query, {})
-    except (ApiError, UnicodeDecodeError) as error:
-        assert isinstance(error, ApiError)  # noqa: PT017 - either is fine but a decoding error
-    else:
         # What is passed on names exactly what the policies were asked about.
         again = read_call(method, found.raw_path, found.raw_query, {})
         assert (again.key, sorted(again.query)) == (found.key, sorted(found.query))

@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM
 from outcrop.data.pack import pack
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, StopRequested
+from outcrop.evaluate.attention import packed_attention
 from outcrop.evaluate.likelihood import (
     evaluate_likelihood,
     num_loss_tokens,
-    packed_attention,
     perplexity,
     token_losses,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,21 +142,3 @@ def test_names_and_owners_are_checked(engine: Engine) -> None:
             accounts.put_user_policy(connection, ACCOUNT, "ann", "p", "{}")
         with pytest.raises(ValidationException, match="malformed"):
             accounts.put_role(connection, ACCOUNT, "Job", "{}")
-
-
-def test_a_decision_costs_little(engine: Engine) -> None:
-    with transaction(engine) as connection:
-        accounts.create_user(connection, ACCOUNT, "ann")
-        for number in range(10):
-            policy = document("Allow", f"s3:Get{'x' * number}*", "arn:aws:s3:::b*/*c*")
-            accounts.put_user_policy(connection, ACCOUNT, "ann", f"p{number}", policy)
-        accounts.put_user_policy(connection, ACCOUNT, "ann", "all", document("Allow", "*"))
-    ann = user_principal(ACCOUNT, "ann")
-    times = []
-    with engine.connect() as connection:
-        for _ in range(50):
-            started = time.perf_counter()
-            authorize(connection, ann, ACTION, JOB)
-            times.append(time.perf_counter() - started)
-    # Measured 0.3 ms; the limit leaves room for a busy machine.
-    assert sorted(times)[25] < 0.005

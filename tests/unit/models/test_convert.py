@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.assets.smollm2 import smollm2_folder
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from outcrop.errors import ModelError
@@ -22,6 +22,9 @@ from outcrop.models.convert import convert_gguf
 from outcrop.models.tokenizer import Tokenizer
 from outcrop.models.weights import RECORD_FILE, SHIPPED_KEY, ensure_weights, file_digest
 from outcrop.settings import Settings
+
+# transformers reads the file's header several times, seconds each; more on a busy machine.
+PATIENT = pytest.mark.timeout(600)
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -50,8 +53,10 @@ def folder() -> Path:
 def reference() -> Any:
     """The same file as transformers itself reads it, in float32."""
     file = str(weights.shipped_gguf())
-    config = AutoConfig.from_pretrained(smollm2_folder(), local_files_only=True)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Only the frame is ours: every weight in it is replaced, as the check below makes sure.
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_folder(), dtype=torch.float32, local_files_only=True
+    )
     read = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)
     missing, unexpected = model.load_state_dict(read["tensors"], strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
@@ -60,6 +65,7 @@ def reference() -> Any:
 
 
 @pytest.mark.slow
+@PATIENT
 def test_every_weight_is_what_transformers_reads_from_the_gguf(
     folder: Path, reference: Any
 ) -> None:
@@ -75,6 +81,7 @@ def test_every_weight_is_what_transformers_reads_from_the_gguf(
 
 
 @pytest.mark.slow
+@PATIENT
 def test_the_logits_are_those_of_transformers_own_gguf_loading(
     folder: Path, reference: Any
 ) -> None:
@@ -95,6 +102,7 @@ def test_the_logits_are_those_of_transformers_own_gguf_loading(
 
 
 @pytest.mark.slow
+@PATIENT
 def test_token_ids_are_those_of_transformers_own_gguf_conversion(folder: Path) -> None:
     file = weights.shipped_gguf()
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
@@ -154,6 +162,7 @@ def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@PATIENT
 def test_two_processes_that_ask_at_once_convert_once(data_dir: Path) -> None:
     """Each says whether it converted: exactly one does, and both find the whole folder."""
     program = (
@@ -185,6 +194,7 @@ def test_two_processes_that_ask_at_once_convert_once(data_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@PATIENT
 def test_a_conversion_that_was_killed_is_done_again(data_dir: Path) -> None:
     """A process is killed while it writes: what it left is neither used nor kept."""
     settings = Settings(data_dir=data_dir)
