@@ -19,11 +19,10 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import boto3
+from benchmarks.running import Running, percentile, running_service, write_result
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-
-from benchmarks.running import Running, percentile, running_service, write_result
 
 ROLE = "arn:aws:iam::123456789012:role/BedrockCustomizationRole"
 WARM_UP_REQUESTS = 100

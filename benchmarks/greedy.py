@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
 
 def greedy_answers(
-    model: LlamaForCausalLM,
+    model: Any,
     prompts: Sequence[list[int]],
     end_token_ids: Sequence[int],
     max_tokens: int,
@@ -21,6 +18,9 @@ def greedy_answers(
     """Return the most likely tokens after each prompt, up to the end token, which is left out.
 
     Prompts are answered in batches of similar length, padded on the left.
+
+    Args:
+        model: a causal language model of transformers.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))

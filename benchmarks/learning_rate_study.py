@@ -1,7 +1,7 @@
 """Which learning rate do adapters need, and what full fine-tuning rate does that stand for?
 
-    python benchmarks/learning_rate_study.py run --weights FOLDER --data FOLDER --work FOLDER
-    python benchmarks/learning_rate_study.py report --work FOLDER
+    python -m benchmarks.learning_rate_study run --weights FOLDER --data FOLDER --work FOLDER
+    python -m benchmarks.learning_rate_study report --work FOLDER
 
 `run` trains one model for each data set and rate on the same records in the same order, scores it
 on the validation records only, and appends one line of JSON to WORK/runs.jsonl; a run that is
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import statistics
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from greedy import greedy_answers
+from benchmarks.greedy import greedy_answers
 
 from outcrop.data.records import Example, Message
 from outcrop.data.render import Renderer
@@ -190,3 +191,95 @@ def read_runs(work: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def print_report(work: Path, svg: Path | None) -> None:
+    """Print the validation losses as Markdown tables, and draw them."""
+    runs = read_runs(work)
+    for method in ("adapter", "full"):
+        plain = [run for run in runs if run["method"] == method and not run["answers"]]
+        if not plain:
+            continue
+        names = sorted({run["set"] for run in plain})
+        rates = sorted({run["rate"] for run in plain})
+        print(f"\nValidation loss, {method}\n")
+        print("| rate | " + " | ".join(names) + " |")
+        print("|---" * (len(names) + 1) + "|")
+        base = {run["set"]: run["base_loss"] for run in plain}
+        print("| base | " + " | ".join(f"{base[name]:.3f}" for name in names) + " |")
+        for rate in rates:
+            losses = {run["set"]: run["loss"] for run in plain if run["rate"] == rate}
+            cells = [f"{losses[name]:.3f}" if name in losses else "" for name in names]
+            print(f"| {rate:g} | " + " | ".join(cells) + " |")
+    answered = [run for run in runs if run["answers"]]
+    if answered:
+        print("\n| set | method | rate | ROUGE-L | exact match | median words |")
+        print("|---|---|---|---|---|---|")
+        for run in answered:
+            print(
+                f"| {run['set']} | {run['method']} | {run['rate']:g} | {run['rouge_l']:.3f} "
+                f"| {run['exact_match']:.2f} | {run['median_words']:g} |"
+            )
+    if svg is not None:
+        svg.write_text(draw(runs), encoding="utf-8")
+
+
+WIDTH, HEIGHT = 640, 400
+LEFT, RIGHT, TOP, BOTTOM = 70, 150, 30, 60
+COLOURS = ("#0b6e99", "#b3541e", "#3d7d3a", "#7a3e8e")
+
+
+def draw(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the curves as SVG: how much of the base's validation loss is left at each rate."""
+    adapters = [run for run in runs if run["method"] == "adapter" and not run["answers"]]
+    rates = sorted({run["rate"] for run in adapters})
+    names = sorted({run["set"] for run in adapters})
+    left = {(run["set"], run["rate"]): run["loss"] / run["base_loss"] for run in adapters}
+    low, high = math.log(rates[0]), math.log(rates[-1])
+
+    def x(rate: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log(rate) - low) / (high - low)
+
+    def y(share: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="13" role="img" '
+        'aria-label="Share of the base model\'s validation loss left after training, by rate">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+    ]
+    for tenth in range(0, 11, 2):
+        at = y(tenth / 10)
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#dddddd"/>'
+            f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tenth * 10} %</text>'
+        )
+    parts += [
+        f'<text x="{x(rate):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{rate:g}</text>'
+        for rate in rates
+    ]
+    for name, colour in zip(names, COLOURS, strict=False):
+        points = [(x(rate), y(left[name, rate])) for rate in rates if (name, rate) in left]
+        path = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [
+            f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3.5" fill="{colour}"/>'
+            for across, down in points
+        ]
+        end = points[-1]
+        parts.append(
+            f'<text x="{end[0] + 10:.1f}" y="{end[1] + 4:.1f}" fill="{colour}">{name}</text>'
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts += [
+        f'<text x="{middle:.0f}" y="{HEIGHT - 15}" text-anchor="middle">'
+        "learning rate of the adapter</text>",
+        f'<text x="{LEFT}" y="{TOP - 12}">validation loss left, of the base model\'s</text>',
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()

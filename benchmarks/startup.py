@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
-
 from benchmarks.running import running_service, write_result
 
 NUM_LATER_STARTS = 5

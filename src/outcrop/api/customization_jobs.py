@@ -72,6 +72,8 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         },
         "customizationType": params.get("customizationType", OFFERED_TYPES[0]),
         "baseModelId": base.model_id,
+        # An id can be given to other weights later; what is trained stays bound to these.
+        "weights": base.weights,
         "baseModelArn": foundation_model_arn(context.region, base.customization_id),
         "customModelId": new_id(),
         "hyperParameters": plan.hyper_parameters,

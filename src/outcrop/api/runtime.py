@@ -55,6 +55,8 @@ class Target:
 
     model_id: str
     base: BaseModel
+    weights: str
+    """Key of the base weights; a custom model keeps those it was trained on."""
     artifact: Path | None
     """Folder of the custom model's artifact."""
 
@@ -88,7 +90,7 @@ async def count_tokens(context: RequestContext, params: dict[str, Any]) -> Outpu
         raise ValidationException("input.converse is not offered yet. Give input.invokeModel.")
     native = parse_body(target.base, source["invokeModel"]["body"])
     count = await _with_server(
-        context, target.base.weights, lambda client: client.count(native.messages)
+        context, target.weights, lambda client: client.count(native.messages)
     )
     return Output({"inputTokens": count})
 
@@ -112,7 +114,7 @@ async def generate(
     async def ask(client: ModelClient) -> list[Generation]:
         return [await client.generate(request) for _ in range(native.num_generations)]
 
-    return await _with_server(context, target.base.weights, ask)
+    return await _with_server(context, target.weights, ask)
 
 
 async def _with_server(
@@ -158,7 +160,7 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
         resource = identifier if parsed else foundation_model_arn(context.region, model_id)
         context.require(connection, f"bedrock:{operation}", resource)
         if base is not None:
-            return Target(model_id, base, None)
+            return Target(model_id, base, base.weights, None)
         if throughputs.get_throughput(connection, context.account, context.region, identifier):
             return _provisioned(connection, context, identifier, operation)
         custom = models.get_model(connection, context.account, context.region, identifier)
@@ -202,7 +204,7 @@ def _provisioned(
             f"The base model of {throughput.name} is not in the catalogue any more."
         )
     artifact = context.services.settings.data_dir / custom.artifact_path if custom else None
-    return Target(throughput.arn, base, artifact)
+    return Target(throughput.arn, base, throughput.weights, artifact)
 
 
 async def _ready_client(context: RequestContext, weights: str, deadline: float) -> ModelClient:

@@ -145,7 +145,7 @@ def _model(
                 "any "
                 "more. Add it again with `outcrop models add`."
             )
-        return custom.arn, custom.foundation_model_arn, base.weights
+        return custom.arn, custom.foundation_model_arn, custom.spec["weights"]
     base = catalog.resolve(identifier)
     if base is not None:
         arn = foundation_model_arn(context.region, base.customization_id)

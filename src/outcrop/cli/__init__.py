@@ -82,4 +82,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("path", type=Path, help="folder with safetensors, config and tokenizer")
     added.add_argument("--as", dest="model_id", required=True, metavar="ID", help="its model id")
     added.add_argument("--license", required=True, help="licence of the weights, as SPDX names it")
+    added.add_argument("--family", help="whose bounds and bodies a new id has (default: llama)")
+    added.add_argument("--name", help="its name in lists, at most 20 characters")
+    added.add_argument("--provider", help="its maker in lists, at most 20 characters")
     return top

@@ -114,7 +114,15 @@ def models(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     if options.verb == "add":
-        base = add_model(settings, options.path, options.model_id, license=options.license)
+        base = add_model(
+            settings,
+            options.path,
+            options.model_id,
+            license=options.license,
+            family=options.family,
+            name=options.name,
+            provider=options.provider,
+        )
         print(f"{base.model_id} is offered from the next start of the service on.")
         return 0
     catalog = load_catalog(settings)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
 import shutil
 import signal
 import sys
 from types import FrameType
 
+from safetensors import SafetensorError
 from sqlalchemy import Engine
 
 from outcrop.errors import (
@@ -33,6 +36,8 @@ from outcrop.store.database import connect, transaction
 logger = logging.getLogger("outcrop.attempt")
 
 EXIT_UNFINISHED = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a write that trying again cannot mend: full disk, quota, limit on a file's size."""
 MAX_FAILURE_MESSAGE = 2048
 """Source: botocore's `ErrorMessage` shape of bedrock."""
 
@@ -88,10 +93,10 @@ def run_attempt(settings: Settings, engine: Engine, job_id: str, fence: int, sto
         return 0
     except (ApiError, DataError, ModelError, ObjectStoreError, TrainingError) as error:
         return _fail(engine, job_id, fence, str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if _error_number(error) not in NO_ROOM:
             raise
-        return _fail(engine, job_id, fence, _disk_full(error))
+        return _fail(engine, job_id, fence, _no_room(error))
     return 0
 
 
@@ -110,12 +115,23 @@ def _fail(engine: Engine, job_id: str, fence: int, message: str) -> int:
     return 0
 
 
-def _disk_full(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
+def _error_number(error: OSError | SafetensorError) -> int | None:
+    """Return the system's number of an error; safetensors tells it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _no_room(error: OSError | SafetensorError) -> str:
+    number = _error_number(error)
+    assert number is not None
+    file = error.filename if isinstance(error, OSError) else None
+    where = f" ({file})" if file else ""
     return (
-        f"The disk is full{where}: the model could not be written. Nothing was published. Free "
-        "some "
-        "space in the data directory and create the job again."
+        f"The disk is full, or a quota is used up{where}: {os.strerror(number)}. The model could "
+        "not be written, and nothing was published. Free some space in the data directory and "
+        "create the job again."
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from outcrop.data.examples import read_examples
+from outcrop.data.limits import check_total_records
 from outcrop.data.records import Example
 from outcrop.data.render import Renderer
 from outcrop.errors import LeaseLost, ModelError, StopRequested
@@ -65,7 +66,7 @@ def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], 
 
     stage.begin("validation")
     output = _check_places(engine, objects, job)
-    folder = ensure_weights(settings, base.weights)
+    folder = ensure_weights(settings, job.spec["weights"])
     plan = make_plan(
         base,
         job.spec["customizationType"],
@@ -176,6 +177,8 @@ def _read_data(
         validation = read(validation_uri, "validation", settings.max_validation_records)
     elif plan.evaluation_percentage:
         training, validation = plan.split(training)
+    if not (settings.max_training_records or settings.max_validation_records):
+        check_total_records(base, len(training), len(validation))
     return Data(training, validation)
 
 

@@ -120,6 +120,10 @@ class ModelClient:
         ) as client:
             try:
                 async with client.stream(method, path, content=body) as response:
+                    if response.is_error and "json" not in response.headers.get("content-type", ""):
+                        raise ModelErrorException(
+                            "The model server failed on this request; its log says why."
+                        )
                     yield response
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 raise ServingError("no model server listens at the socket") from error

@@ -198,8 +198,8 @@ class LlamaNetwork:
         self.max_context = config["max_position_embeddings"]
         with torch.device("meta"):
             self.module = _Llama(config, self.head_width)
-        if config.get("tie_word_embeddings"):
-            weights.setdefault("lm_head.weight", weights.get("model.embed_tokens.weight"))  # type: ignore[arg-type]
+        if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         weights = {
             name: tensor for name, tensor in weights.items() if not name.endswith("inv_freq")
         }
@@ -334,13 +334,21 @@ def _attend(
 
 
 def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds no weights: there is no *.safetensors file.")
     weights: dict[str, Tensor] = {}
-    for file in files:
+    for file in _weight_files(folder):
         try:
             weights.update(load_file(file))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(table["weight_map"].values()))]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{index} cannot be read: {error!r}") from error

@@ -84,7 +84,7 @@ class Generation:
     """The model's own end token, `max_tokens` or the context reached, or a stop sequence."""
     stop_sequence: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
-    """None unless they were asked for; without the end token."""
+    """None unless they were asked for; of all tokens drawn but the end token."""
 
 
 Event: TypeAlias = TokenEvent | Generation | ApiError

@@ -88,6 +88,19 @@ def test_an_answer_that_breaks_off_is_a_model_error(tmp_path: Path, pieces: list
     asyncio.run(with_server(tmp_path / "s.sock", pieces, ask))
 
 
+def test_a_failure_of_the_server_itself_is_a_model_error(tmp_path: Path) -> None:
+    wrong = (
+        b"HTTP/1.1 500 Internal Server Error\r\ncontent-type: text/plain\r\n"
+        b"content-length: 5\r\n\r\nWrong"
+    )
+
+    async def ask(client: ModelClient) -> None:
+        with pytest.raises(ModelErrorException, match="failed on this request"):
+            await client.generate(REQUEST)
+
+    asyncio.run(with_server(tmp_path / "s.sock", [wrong], ask))
+
+
 def test_events_may_be_cut_anywhere(tmp_path: Path) -> None:
     data = TOKEN + TOKEN + DONE
     pieces = [chunk(data[place : place + 1]) for place in range(len(data))]

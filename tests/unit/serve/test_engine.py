@@ -39,7 +39,7 @@ from outcrop.serve.sequence import PREFILL_TOKENS
 CONTEXT = 512
 HELLO = (Message("user", "Hello there, what is the weather like?"),)
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -182,8 +182,14 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(ModelError, match="no weights"):
+    with pytest.raises(ModelError, match="cannot be read"):
         load_network(tmp_path)
+
+
+def test_weights_in_several_files_are_put_together(folder: Path, tmp_path: Path) -> None:
+    load_reference(folder).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(float32(tmp_path), PROMPT), logits(float32(folder), PROMPT))
 
 
 def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:

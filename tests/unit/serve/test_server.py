@@ -32,7 +32,7 @@ from outcrop.serve.server import default_threads, run_model_server
 from outcrop.settings import Settings
 
 T = TypeVar("T")
-SECONDS = 30.0
+SECONDS = 60.0
 CONTEXT = 16_384
 HELLO = (Message("user", "Hello there"),)
 SHORT = GenerationRequest(HELLO, SamplingParams(temperature=0, max_tokens=20))

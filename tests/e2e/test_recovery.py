@@ -1,0 +1,141 @@
+"""Whatever process is killed, nothing is lost, nothing is published twice, nobody has to ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from tests.e2e.service import (
+    LLAMA,
+    PUBLISHED,
+    STOP_SECONDS,
+    TITAN,
+    Service,
+    ask_base,
+    in_service,
+    new_bucket,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+ATTEMPT, WORKER, MODEL_SERVER = "outcrop.jobs.attempt", "outcrop worker", "outcrop model-server"
+SOME_STEPS = {**PUBLISHED, "epochCount": "8"}  # 24 steps: time to be killed in
+
+
+def _models(service: Service) -> list[str]:
+    listed = service.client("bedrock").list_custom_models()
+    return [item["modelArn"] for item in listed["modelSummaries"]]
+
+
+def _artifacts(service: Service) -> list[str]:
+    folder = service.data_dir / "models" / "custom"
+    return [str(path) for path in folder.rglob("adapter_config.json")]
+
+
+def _check_completed_once(service: Service, arn: str) -> None:
+    job = service.wait_for_job(arn)
+    assert job["status"] == "Completed", job.get("failureMessage")
+    assert _models(service) == [job["outputModelArn"]]
+    assert len(_artifacts(service)) == 1
+    assert service.progress(arn)["attempt"] > 1
+
+
+def test_jobs_survive_the_death_of_attempt_and_worker(own_service: Service) -> None:
+    bucket = new_bucket(own_service, "kept")
+    arn = own_service.create_job(bucket, "kept", hyperParameters=SOME_STEPS)
+    own_service.wait_for_step(arn)
+    os.kill(own_service.process(ATTEMPT).pid, signal.SIGKILL)
+    wait_for(lambda: own_service.progress(arn)["attempt"] == 2, 60.0, "the second attempt")
+    own_service.process(ATTEMPT)
+    os.kill(own_service.process(WORKER).pid, signal.SIGKILL)
+    _check_completed_once(own_service, arn)
+    assert own_service.progress(arn)["attempt"] == 3
+
+
+def test_jobs_survive_the_death_of_the_whole_service(own_service: Service) -> None:
+    bucket = new_bucket(own_service, "kept")
+    arn = own_service.create_job(bucket, "kept", hyperParameters=SOME_STEPS)
+    own_service.wait_for_step(arn)
+    attempt = own_service.process(ATTEMPT).pid
+    own_service.kill()
+    wait_for(lambda: not _lives(attempt), 10.0, "the attempt to end with the service")
+    own_service.start()
+    _check_completed_once(own_service, arn)
+
+
+def test_jobs_go_on_after_an_orderly_stop_and_start(
+    own_service: Service, record_property: Callable[[str, object], None]
+) -> None:
+    bucket = new_bucket(own_service, "kept")
+    arn = own_service.create_job(bucket, "kept", hyperParameters=SOME_STEPS)
+    throughput = in_service(own_service, "kept", f"{TITAN}:0:8k")
+    own_service.wait_for_step(arn)
+    attempt, pid = own_service.process(ATTEMPT).pid, own_service.pid
+    seconds = own_service.stop()
+    record_property("seconds from SIGTERM to the end", round(seconds, 2))
+    assert seconds < STOP_SECONDS
+    assert not _lives(attempt)
+    assert not _lives(pid)
+    assert own_service.start() < 60.0
+    _check_completed_once(own_service, arn)
+    found = own_service.client("bedrock").get_provisioned_model_throughput(
+        provisionedModelId=throughput
+    )
+    assert found["status"] == "InService"
+    objects = own_service.client("s3").list_objects_v2(Bucket=bucket)["Contents"]
+    assert {"train.jsonl", "validation.jsonl"} <= {item["Key"] for item in objects}
+
+
+def test_a_second_service_on_the_same_data_is_refused(service: Service) -> None:
+    second = service.spawn()
+    try:
+        code = second.wait(60)
+    finally:
+        second.kill()
+        assert second.stdout is not None
+        second.stdout.close()
+    assert code not in (0, None)
+    said = (service.data_dir / "serve.log").read_text(encoding="utf-8")
+    assert str(service.pid) in said, "it must name the process that holds the directory"
+    assert service.client("sts").get_caller_identity()
+
+
+def test_the_next_invocation_answers_after_the_model_server_was_killed(
+    service: Service, throughput: str
+) -> None:
+    before = ask_base(service)
+    pid = service.process(MODEL_SERVER).pid
+    os.kill(pid, signal.SIGKILL)
+    assert ask_base(service) == before
+    assert service.process(MODEL_SERVER).pid != pid
+    body = json.dumps({"prompt": "Hello", "max_tokens": 2, "temperature": 0})
+    runtime = service.client("bedrock-runtime", attempts=8)
+    assert runtime.invoke_model(modelId=throughput, body=body)["body"].read()
+
+
+def test_an_idle_model_server_is_unloaded_and_comes_back(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    idle = Service(tmp_path_factory.mktemp("idle") / "data", OUTCROP_MODEL_IDLE_SECONDS="1")
+    idle.start()
+    try:
+        assert idle.processes(MODEL_SERVER) == [], "nothing is loaded before it is asked for"
+        before = ask_base(idle)
+        wait_for(lambda: not idle.processes(MODEL_SERVER), 30.0, "the model server to be unloaded")
+        assert ask_base(idle) == before
+        body = json.dumps({"prompt": "Hello", "max_gen_len": 2})
+        runtime = idle.client("bedrock-runtime", attempts=8)
+        assert runtime.invoke_model(modelId=LLAMA, body=body)["body"].read()
+    finally:
+        idle.stop()
+
+
+def _lives(pid: int) -> bool:
+    """Return whether a process runs; one that only waits to be reaped does not."""
+    found = subprocess.run(("ps", "-o", "stat=", "-p", str(pid)), capture_output=True, text=True)
+    return found.stdout.strip()[:1] not in ("", "Z")
