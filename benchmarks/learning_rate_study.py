@@ -35,7 +35,6 @@ from outcrop.train.plan import TrainPlan
 
 SETS = ("mts-dialog", "banking77", "gsm8k")
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
-BATCH_SIZE = 8
 WARMUP_STEPS = 5
 SEED = 0
 ANSWER_TOKENS = 128
@@ -54,6 +53,8 @@ def main() -> None:
     run.add_argument("--method", choices=("adapter", "full"), default="adapter")
     run.add_argument("--rank", type=int, default=16)
     run.add_argument("--alpha", type=float, default=32.0)
+    run.add_argument("--batch-size", type=int, default=8)
+    run.add_argument("--epochs", type=int, default=1)
     run.add_argument("--records", type=int, default=400)
     run.add_argument("--validation-records", type=int, default=100)
     run.add_argument("--answers", type=int, default=0, help="validation records to answer")
@@ -80,6 +81,8 @@ def run_all(arguments: argparse.Namespace) -> None:
                 "rate": rate,
                 "rank": arguments.rank,
                 "alpha": arguments.alpha,
+                "batch_size": arguments.batch_size,
+                "epochs": arguments.epochs,
                 "records": arguments.records,
                 "seed": arguments.seed,
                 "answers": arguments.answers,
@@ -102,8 +105,8 @@ def run_one(arguments: argparse.Namespace, name: str, rate: float) -> dict[str, 
     plan = TrainPlan(
         base_model=arguments.weights.name,
         method=arguments.method,
-        num_epochs=1,
-        batch_size=BATCH_SIZE,
+        num_epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
         learning_rate=rate,
         warmup_steps=WARMUP_STEPS,
         lora_rank=arguments.rank,
@@ -114,8 +117,8 @@ def run_one(arguments: argparse.Namespace, name: str, rate: float) -> dict[str, 
         hyper_parameters={},
     )
     losses: list[ValidationRow] = []
-    started = time.perf_counter()
-    output = arguments.work / f"{name}-{arguments.method}-{rate:g}"
+    started, started_cpu = time.perf_counter(), time.process_time()
+    output = arguments.work / f"{name}-{arguments.method}-{rate:g}-{arguments.batch_size}"
     shutil.rmtree(output, ignore_errors=True)
     result = train(
         plan,
@@ -133,7 +136,8 @@ def run_one(arguments: argparse.Namespace, name: str, rate: float) -> dict[str, 
         "loss": losses[-1].validation_loss,
         "training_loss": result.training_loss,
         "num_tokens": result.num_tokens,
-        "train_seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - started_cpu, 1),
         "torch": torch.__version__,
     }
     if arguments.answers:
@@ -190,14 +194,15 @@ def read_runs(work: Path) -> list[dict[str, Any]]:
     file = work / "runs.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [{"batch_size": 8, "epochs": 1} | json.loads(line) for line in lines]
 
 
 def print_report(work: Path, svg: Path | None) -> None:
     """Print the validation losses as Markdown tables, and draw them."""
     runs = read_runs(work)
     for method in ("adapter", "full"):
-        plain = [run for run in runs if run["method"] == method and not run["answers"]]
+        plain = [run for run in runs if is_curve_point(run, method)]
         if not plain:
             continue
         names = sorted({run["set"] for run in plain})
@@ -211,17 +216,28 @@ def print_report(work: Path, svg: Path | None) -> None:
             losses = {run["set"]: run["loss"] for run in plain if run["rate"] == rate}
             cells = [f"{losses[name]:.3f}" if name in losses else "" for name in names]
             print(f"| {rate:g} | " + " | ".join(cells) + " |")
-    answered = [run for run in runs if run["answers"]]
-    if answered:
-        print("\n| set | method | rate | ROUGE-L | exact match | median words |")
-        print("|---|---|---|---|---|---|")
-        for run in answered:
-            print(
-                f"| {run['set']} | {run['method']} | {run['rate']:g} | {run['rouge_l']:.3f} "
-                f"| {run['exact_match']:.2f} | {run['median_words']:g} |"
+    others = [run for run in runs if not is_curve_point(run, run["method"])]
+    if others:
+        print("\nOther runs\n\n| set | method | rate | batch | epochs | seed | validation loss | |")
+        print("|---|---|---|---|---|---|---|---|")
+    for run in others:
+        answers = ""
+        if run["answers"]:
+            answers = (
+                f"ROUGE-L {run['rouge_l']:.3f}, exact {run['exact_match']:.2f}, "
+                f"median {run['median_words']:g} words"
             )
+        keys = ("set", "method", "rate", "batch_size", "epochs", "seed")
+        shown = " | ".join(str(run[key]) for key in keys)
+        print(f"| {shown} | {run['loss']:.3f} | {answers} |")
     if svg is not None:
         svg.write_text(draw(runs), encoding="utf-8")
+
+
+def is_curve_point(run: dict[str, Any], method: str) -> bool:
+    """Return whether a run is one of those that differ in data set and rate only."""
+    setting = {"method": method, "batch_size": 8, "epochs": 1, "seed": SEED, "answers": 0}
+    return setting.items() <= run.items()
 
 
 WIDTH, HEIGHT = 640, 400
@@ -231,7 +247,7 @@ COLOURS = ("#0b6e99", "#b3541e", "#3d7d3a", "#7a3e8e")
 
 def draw(runs: Sequence[dict[str, Any]]) -> str:
     """Return the curves as SVG: how much of the base's validation loss is left at each rate."""
-    adapters = [run for run in runs if run["method"] == "adapter" and not run["answers"]]
+    adapters = [run for run in runs if is_curve_point(run, "adapter")]
     rates = sorted({run["rate"] for run in adapters})
     names = sorted({run["set"] for run in adapters})
     left = {(run["set"], run["rate"]): run["loss"] / run["base_loss"] for run in adapters}

@@ -127,9 +127,9 @@ def show_base_models() -> None:
     listed = bedrock.list_foundation_models(byCustomizationType="FINE_TUNING")["modelSummaries"]
     ids = {model["modelId"] for model in listed}
     for model in listed:
-        variant_of = model["modelId"].rsplit(":", 1)[0]  # the same model with a context's length
-        if variant_of in ids or variant_of.rsplit(":", 1)[0] in ids:
-            continue
+        name, _, suffix = model["modelId"].partition(":")
+        if ":" in suffix and ids & {name, f"{name}:{suffix.partition(':')[0]}"}:
+            continue  # the same model again, with the length of its context
         chosen = "  <- this one" if model["modelId"] == BASE_MODEL else ""
         say(f"{model['modelId']:<42}{model['modelName']}, {model['providerName']}{chosen}")
 
@@ -324,12 +324,13 @@ def show_table(
 def show_answers(test: list[Record], answers: dict[str, list[str]], number: int) -> None:
     """Print some questions with the answer of each model."""
     for place, record in enumerate(test[:number]):
+        if place:
+            say("")
         for line in record["prompt"].splitlines():
             say(shorten(line))
         say(f"   {'right':<17}{record['completion']}")
         for name, given in answers.items():
             say(f"   {name:<17}{shorten(given[place], WIDTH - 24)}")
-        say("")
 
 
 def read_records(path: Path) -> list[Record]:

@@ -25,7 +25,7 @@ from tests.e2e.service import (
     refusal,
 )
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 JOB_ARN = f"arn:aws:bedrock:{REGION}:{ACCOUNT}:model-customization-job/{COHERE}/aaaaaaaaaaaa"
 MODEL_ARN = f"arn:aws:bedrock:{REGION}:{ACCOUNT}:custom-model/{COHERE}/aaaaaaaaaaaa"
@@ -213,7 +213,11 @@ def test_too_many_tags_are_refused(service: Service, place: str, name: str) -> N
         pytest.param(
             [
                 {"Effect": "Allow", "Action": "s3:*", "Resource": "*"},
-                {"Effect": "Deny", "Action": "s3:GetObject", "Resource": "*/validation.jsonl"},
+                {
+                    "Effect": "Deny",
+                    "Action": "s3:GetObject",
+                    "Resource": "arn:aws:s3:::bad-input/validation.jsonl",
+                },
             ],
             "validation.jsonl",
             id="one file denied",
@@ -223,7 +227,8 @@ def test_too_many_tags_are_refused(service: Service, place: str, name: str) -> N
 def test_a_role_without_access_to_the_bucket_is_refused(
     service: Service, place: str, name: str, statements: list[dict[str, Any]], expected: str
 ) -> None:
-    role = service.role(f"role-{name}", "bedrock.amazonaws.com", policy(*statements))
+    documents = [policy(*statements)] if statements else []
+    role = service.role(f"role-{name}", "bedrock.amazonaws.com", *documents)
     before = _state(service, place, name)
     error = refusal(lambda: service.create_job(place, name, roleArn=role))
     assert (error.code, error.status) == ("ValidationException", 400)

@@ -14,6 +14,7 @@ from tests.e2e.service import Service, ask_base, new_bucket, wait_for
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         not hasattr(resource, "prlimit"), reason="limits of other processes: Linux only"
     ),

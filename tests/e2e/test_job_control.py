@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from tests.e2e.service import PUBLISHED, Service, keys, refusal, wait_for
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 LONG = {**PUBLISHED, "epochCount": "100"}
 STOP_SECONDS = 5.0

@@ -28,7 +28,7 @@ from tests.e2e.service import (
     refusal,
 )
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 TITAN_BODY = {
     "inputText": "Which code has part 5?",

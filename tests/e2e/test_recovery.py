@@ -21,10 +21,10 @@ from tests.e2e.service import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ATTEMPT, WORKER, MODEL_SERVER = "outcrop.jobs.attempt", "outcrop worker", "outcrop model-server"
-SOME_STEPS = {**PUBLISHED, "epochCount": "8"}  # 24 steps: time to be killed in
+SOME_STEPS = {**PUBLISHED, "epochCount": "6"}  # 18 steps: time to be killed in
 
 
 def _models(service: Service) -> list[str]:

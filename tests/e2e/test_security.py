@@ -26,7 +26,7 @@ from tests.e2e.service import (
 from outcrop.identity.credentials import Credentials
 from outcrop.wire import sigv4
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def _names(service: Service, name: str) -> list[str]:

@@ -24,7 +24,7 @@ def main(name: str, lease_seconds: float) -> None:
         settings,
         engine,
         name,
-        LocalExecutor(settings, COMMAND),
+        LocalExecutor(settings, COMMAND, nice=0),
         heartbeat_seconds=0.1,
         stop_seconds=1.0,
         lease_seconds=lease_seconds,

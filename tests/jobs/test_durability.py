@@ -13,6 +13,7 @@ from outcrop.store import jobs
 from outcrop.store.database import connect, migrate
 
 REPOSITORY = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
 ROUNDS = 3
 WRITES = """
 from outcrop.settings import load_settings
@@ -35,7 +36,7 @@ def test_acknowledged_jobs_survive_kill_9_of_their_writer(data_dir: Path) -> Non
     settings = Settings(data_dir=data_dir)
     engine = connect(settings.effective_database_url)
     migrate(engine)
-    environment = {**child_environment(settings), "PYTHONPATH": str(REPOSITORY)}
+    environment = {**child_environment(settings), "PYTHONPATH": PYTHONPATH}
     acknowledged: list[str] = []
     for number in range(ROUNDS):
         command = [sys.executable, "-c", WRITES, f"round{number}"]

@@ -26,7 +26,8 @@ from outcrop.store.database import connect, migrate, transaction
 from outcrop.store.rows import Job
 
 REPOSITORY = Path(__file__).parents[2]
-SECONDS = 30.0
+PYTHONPATH = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+SECONDS = 60.0
 """Longest wait for something that takes a fraction of a second on a quiet machine."""
 
 
@@ -47,7 +48,7 @@ class Service:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str = "w1", lease_seconds: float = 60.0) -> subprocess.Popen[bytes]:
-        environment = {**child_environment(self.settings), "PYTHONPATH": str(REPOSITORY)}
+        environment = {**child_environment(self.settings), "PYTHONPATH": PYTHONPATH}
         with (self.settings.data_dir / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.jobs.fake_worker", name, str(lease_seconds)],

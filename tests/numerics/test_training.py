@@ -162,6 +162,21 @@ def test_accumulated_micro_batches_equal_one_big_batch(method: str) -> None:
             torch.testing.assert_close(part, one, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["adapter", "full"])
+def test_activations_computed_twice_give_the_same_gradients(method: str) -> None:
+    plan = dataclasses.replace(PLAN, method=method)
+    results = []
+    for kept_tokens in (10_000, 0):
+        trainable = make_trainable(frozen_tiny_model(), plan, seed=0)
+        loss, _ = gather_gradients(trainable, EXAMPLES, kept_tokens=kept_tokens)
+        results.append((loss, gradients(trainable)))
+        assert not any(module.training for module in trainable.model.modules())
+    (kept_loss, kept), (loss, again) = results
+    assert loss == kept_loss
+    for one, other in zip(kept, again, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-8)
+
+
 def test_bfloat16_model_accumulates_in_float32_masters() -> None:
     model: Any = frozen_tiny_model()
     model.to(torch.bfloat16)

@@ -22,10 +22,10 @@ def _pattern(shape: str) -> str:
     [
         (
             "ModelCustomizationJobArn",
-            ids.customization_job_arn(REGION, ACCOUNT, BASE, ids.new_id()),
+            ids.customization_job_arn(REGION, ACCOUNT, BASE, "a1b2c3d4e5f6"),
         ),
-        ("CustomModelArn", ids.custom_model_arn(REGION, ACCOUNT, BASE, ids.new_id())),
-        ("ProvisionedModelArn", ids.provisioned_model_arn(REGION, ACCOUNT, ids.new_id())),
+        ("CustomModelArn", ids.custom_model_arn(REGION, ACCOUNT, BASE, "a1b2c3d4e5f6")),
+        ("ProvisionedModelArn", ids.provisioned_model_arn(REGION, ACCOUNT, "a1b2c3d4e5f6")),
         ("FoundationModelArn", ids.foundation_model_arn(REGION, BASE)),
         ("RoleArn", ids.role_arn(ACCOUNT, "BedrockCustomizationRole")),
     ],

@@ -17,6 +17,8 @@ from outcrop.errors import ConflictException, ResourceNotFoundException, Validat
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, customization_job_arn, foundation_model_arn, new_id
 from outcrop.jobs.places import (
+    TRAINING,
+    VALIDATION,
     check_bucket,
     check_present,
     check_readable,
@@ -58,8 +60,9 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         for uri in (training, *validation):
             check_readable(connection, role, uri)
         check_writable(connection, role, output)
-    for uri in (training, *validation):
-        check_present(services.objects, uri)
+    check_present(services.objects, training, TRAINING)
+    for uri in validation:
+        check_present(services.objects, uri, VALIDATION)
     check_bucket(services.objects, output)
 
     job_id = new_id()
@@ -294,10 +297,7 @@ def _places(params: dict[str, Any]) -> tuple[S3Uri, list[S3Uri], S3Uri]:
             "trainingDataConfig.s3Uri must name the training data, a JSONL file."
         )
     return (
-        file_place("trainingDataConfig.s3Uri", training),
-        [
-            file_place("validationDataConfig.validators.s3Uri", v["s3Uri"])
-            for v in _validators(params)
-        ],
+        file_place(TRAINING, training),
+        [file_place(VALIDATION, validator["s3Uri"]) for validator in _validators(params)],
         place("outputDataConfig.s3Uri", params["outputDataConfig"]["s3Uri"]),
     )

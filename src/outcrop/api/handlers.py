@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import re
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +36,14 @@ from outcrop.wire.serialize import HttpReply
 from outcrop.wire.sigv4 import Signature, SignedRequest
 
 logger = logging.getLogger("outcrop.gateway")
+
+CUSTOM_MODEL_MEMBERS = {"modelIdentifier", "modelId", "baseModelIdentifier"}
+"""Members that name a custom model, among others."""
+CUSTOM_MODEL_ARN = re.compile(
+    r"arn:aws(-[^:]+)?:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:custom-model/"
+    r"([a-z0-9.:-]{1,200}/)?(?P<name>[0-9a-zA-Z_-]{1,63})"
+)
+"""An ARN of a custom model that ends in its id, or in its name as in published examples."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trac
     if service != "sts":
         params = parse.parse_request(found, query=signed.raw_query, headers=headers, body=body)
     if trace.model.input_shape is not None:
-        validate.validate(trace.model.input_shape, params)
+        validate.validate(trace.model.input_shape, _with_bare_names(params))
     context = RequestContext(
         services=services,
         request_id=trace.request_id,
@@ -189,6 +198,21 @@ def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trac
         received_at=datetime.now(UTC),
     )
     return Call(context, trace.model, function, params)
+
+
+def _with_bare_names(params: dict[str, Any]) -> dict[str, Any]:
+    """Return a request for validation with custom models named by their bare names.
+
+    Published examples name a custom model by an ARN that ends in its name, and InvokeModel's
+    pattern has no room for a base id with its context. So the last part is what is validated:
+    which model an ARN names is decided by the operation.
+    """
+    named = dict(params)
+    for member in CUSTOM_MODEL_MEMBERS & params.keys():
+        found = isinstance(params[member], str) and CUSTOM_MODEL_ARN.fullmatch(params[member])
+        if found:
+            named[member] = found["name"]
+    return named
 
 
 def _authenticate(

@@ -32,7 +32,7 @@ MAX_MICRO_BATCH_TOKENS = 1024
 """Tokens of one forward pass. A longer record is a micro-batch of its own. On 135 million
 parameters, 2048 is no faster and takes 1.2 GB more."""
 HEAD_CHUNK_TOKENS = 512
-"""Tokens whose scores over the vocabulary are float32 at once: 100 MB at 49,152 words."""
+"""Tokens whose scores over the vocabulary exist at once: 100 MB in float32 at 49,152 words."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def token_losses(
     The model must be inside `packed_attention`. Gradients flow where they are enabled.
 
     Args:
-        chunk_tokens: how many tokens' scores over the vocabulary may exist in float32 at once.
+        chunk_tokens: how many tokens' scores over the vocabulary may exist at once. Where there
+            are more, they are computed again for the backward pass.
     """
     device = model.model.embed_tokens.weight.device
     input_ids_BT = torch.tensor([batch.input_ids], device=device)
@@ -126,7 +127,7 @@ def token_losses(
     head: Callable[..., Tensor] = _HeadLoss.apply
     return torch.cat(
         [
-            head(hidden, model.lm_head.weight, labels)
+            head(hidden, model.lm_head.weight, labels, len(places) <= chunk_tokens)
             for hidden, labels in zip(
                 hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True
             )
@@ -137,24 +138,29 @@ def token_losses(
 class _HeadLoss(torch.autograd.Function):
     """Cross entropy of the scores hidden x weight^T, float32, without a copy of them in float32.
 
-    Only the scores in the model's own type are kept for the backward pass, which turns them into
-    their gradient in place: probabilities, less one at the label.
+    The backward pass turns the scores into their gradient in place: probabilities, less one at the
+    label. They are kept for it in the model's own type, or else computed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, keeps_scores: bool
+    ) -> Tensor:
         logits_LV = hidden_LD @ weight_VD.t()
         scores_LV = logits_LV.float()
         normalizer_L = torch.logsumexp(scores_LV, dim=-1)
-        ctx.save_for_backward(hidden_LD, weight_VD, labels_L, logits_LV, normalizer_L)
+        kept_LV = logits_LV if keeps_scores else None
+        ctx.save_for_backward(hidden_LD, weight_VD, labels_L, kept_LV, normalizer_L)
         return normalizer_L - scores_LV.gather(1, labels_L[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_L,) = grad_outputs
         hidden_LD, weight_VD, labels_L, logits_LV, normalizer_L = ctx.saved_tensors
+        if logits_LV is None:
+            logits_LV = hidden_LD @ weight_VD.t()
         grad_LV = logits_LV.float().sub_(normalizer_L[:, None]).exp_()
         grad_LV[torch.arange(len(labels_L), device=grad_LV.device), labels_L] -= 1.0
         grad_logits_LV = grad_LV.mul_(grad_L[:, None]).to(logits_LV.dtype)
         grad_weight = grad_logits_LV.t() @ hidden_LD if ctx.needs_input_grad[1] else None
-        return grad_logits_LV @ weight_VD, grad_weight, None
+        return grad_logits_LV @ weight_VD, grad_weight, None, None

@@ -130,18 +130,19 @@ def _validation_uri(job: Job) -> S3Uri | None:
 
 def _check_places(engine: Engine, objects: ObjectStore, job: Job) -> S3Uri:
     """Ask again what was asked at creation, and prove by a write that the output can be written."""
-    training = places.file_place(
-        "trainingDataConfig.s3Uri", job.spec["trainingDataConfig"]["s3Uri"]
-    )
+    training = places.file_place(places.TRAINING, job.spec["trainingDataConfig"]["s3Uri"])
     output = places.place("outputDataConfig.s3Uri", job.spec["outputDataConfig"]["s3Uri"])
-    inputs = [uri for uri in (training, _validation_uri(job)) if uri is not None]
+    validation = _validation_uri(job)
+    inputs = [(training, places.TRAINING)]
+    if validation is not None:
+        inputs.append((validation, places.VALIDATION))
     with engine.connect() as connection:
         role = assume_role_for_service(connection, job.account, job.spec["roleArn"])
-        for uri in inputs:
+        for uri, _ in inputs:
             places.check_readable(connection, role, uri)
         places.check_writable(connection, role, output)
-    for uri in inputs:
-        places.check_present(objects, uri)
+    for uri, member in inputs:
+        places.check_present(objects, uri, member)
     places.check_bucket(objects, output)
     objects.write(output.join(artifacts.WRITE_CHECK), b"")
     return output

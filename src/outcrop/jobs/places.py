@@ -18,6 +18,9 @@ from outcrop.ids import S3Uri, parse_s3_uri
 from outcrop.jobs.artifacts import WRITE_CHECK
 from outcrop.objects.client import ObjectStore
 
+TRAINING, VALIDATION = "trainingDataConfig.s3Uri", "validationDataConfig.validators.s3Uri"
+"""The members of a request that name files to read."""
+
 
 def place(member: str, text: str) -> S3Uri:
     """Read an S3 URI; `member` names it in the error."""
@@ -81,9 +84,9 @@ def check_bucket(objects: ObjectStore, uri: S3Uri) -> None:
         )
 
 
-def check_present(objects: ObjectStore, uri: S3Uri) -> None:
+def check_present(objects: ObjectStore, uri: S3Uri, member: str) -> None:
     """Refuse unless the object exists, telling a missing bucket, a missing key and a folder
-    apart.
+    apart; `member` names the URI in the error.
     """
     try:
         if objects.head(uri) is not None:
@@ -91,7 +94,7 @@ def check_present(objects: ObjectStore, uri: S3Uri) -> None:
         if not objects.bucket_exists(uri.bucket):
             reason = "The bucket does not exist."
         elif next(iter(objects.list(uri.bucket, uri.key + "/")), None) is not None:
-            raise folder_error(uri, "trainingDataConfig.s3Uri")
+            raise folder_error(uri, member)
         else:
             reason = "There is no object with this key."
     except ObjectStoreError as error:

@@ -73,6 +73,7 @@ class LoraLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
+        self.training = linear.training
         self.scaling = 1.0
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)

@@ -14,6 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from outcrop.evaluate.likelihood import (
     token_losses,
 )
 from outcrop.models.load import load_base
+from outcrop.train.memory import KEPT_TOKENS, recomputed_layers
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
@@ -231,9 +233,12 @@ def gather_gradients(
     batch: Sequence[Example],
     micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
     should_stop: Callable[[], bool] = lambda: False,
+    kept_tokens: int = KEPT_TOKENS,
 ) -> tuple[float, int]:
     """Add the gradients of a batch's mean loss to the masters', micro-batch by micro-batch.
 
+    Args:
+        kept_tokens: a micro-batch of more tokens than this computes its activations twice.
     Returns:
         (loss, num_tokens): the mean over the batch's tokens that carry loss, in nats a token, and
         how many those are.
@@ -250,7 +255,9 @@ def gather_gradients(
         for micro_batch in pack(batch, micro_batch_tokens):
             if should_stop():
                 raise StopRequested
-            losses = token_losses(trainable.model, micro_batch)
+            is_long = len(micro_batch.input_ids) > kept_tokens
+            with recomputed_layers(trainable.model) if is_long else nullcontext():
+                losses = token_losses(trainable.model, micro_batch)
             if losses.numel() == 0:
                 continue
             loss_sum = losses.sum()

@@ -241,4 +241,4 @@ def reachable(start: JobStatus, end: JobStatus) -> bool:
 
 
 TestJobTable = JobTable.TestCase
-TestJobTable.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestJobTable.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)

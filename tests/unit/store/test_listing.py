@@ -53,7 +53,7 @@ def make(engine: Engine, seconds: list[int]) -> list[Job]:
     ascending=st.booleans(),
 )
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_pages_hold_every_row_once_in_order(
     engine: Engine, seconds: list[int], limit: int, ascending: bool

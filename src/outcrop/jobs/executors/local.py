@@ -32,6 +32,7 @@ class LocalExecutor:
 
     settings: Settings
     command: tuple[str, ...] = COMMAND
+    nice: int = NICE
 
     def submit(self, job: Job) -> LocalAttempt:
         """Start an attempt; call it from the main thread, see `spawn`."""
@@ -40,7 +41,7 @@ class LocalExecutor:
             command=(*self.command, job.id, str(job.fence)),
             log_file=log_file(self.settings, job),
             environment={**ENVIRONMENT, **child_environment(self.settings)},
-            nice=NICE,
+            nice=self.nice,
             restart=False,
             keep_log_bytes=self.settings.keep_log_bytes,
         )
