@@ -95,8 +95,7 @@ def read_process(pid: int) -> Process:
     """Read one process from /proc."""
     folder = Path(f"/proc/{pid}")
     words = (folder / "cmdline").read_text(encoding="utf-8").split("\0")
-    is_ours = "outcrop" in words
-    name = words[words.index("outcrop") + 1] if is_ours else f"{Path(words[0]).name} {words[1]}"
+    name = words[words.index("outcrop") + 1] if "outcrop" in words else "object store"
     sizes = {}
     for line in (folder / "smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]:
         key, _, rest = line.partition(":")

@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
 
     model = bedrock.get_custom_model(modelIdentifier=model_name)
     title("Deploy the custom model")
-    say(model["modelArn"])
+    say(model["modelArn"].split(":", 5)[5])
     throughput = bedrock.create_provisioned_model_throughput(
         modelUnits=1, provisionedModelName=model_name, modelId=model["modelArn"]
     )["provisionedModelArn"]

@@ -118,8 +118,10 @@ class ModelClient:
         async with httpx.AsyncClient(
             transport=transport, base_url="http://model-server", timeout=limits, trust_env=False
         ) as client:
+            begun = False
             try:
                 async with client.stream(method, path, content=body) as response:
+                    begun = True
                     if response.is_error and "json" not in response.headers.get("content-type", ""):
                         raise ModelErrorException(
                             "The model server failed on this request; its log says why."
@@ -128,6 +130,8 @@ class ModelClient:
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 raise ServingError("no model server listens at the socket") from error
             except httpx.TransportError as error:
+                if not begun:  # a server that is being torn down still accepts, and resets
+                    raise ServingError("the model server ended before it answered") from error
                 raise _cut_off() from error
 
 
