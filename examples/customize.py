@@ -180,7 +180,7 @@ def read_progress(job_arn: str, bucket: str, num_steps: int) -> Iterator[Progres
             answer.get("totalSteps", num_steps),
             answer.get("trainingLoss"),
             answer.get("etaSeconds"),
-            f"place {position} in the queue" if position else answer.get("stage", ""),
+            f"{position} jobs are before it" if position else answer.get("stage", ""),
         )
 
 

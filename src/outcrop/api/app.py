@@ -99,7 +99,8 @@ async def _respond(request: Request, services: Services) -> Response:
     try:
         signature = sigv4.read_signature(signed)
     except ApiError as error:
-        service = "s3" if "/s3/aws4_request" in str(signed.headers) else "bedrock"
+        presigned = "x-amz-" in signed.raw_query.lower()
+        service = "s3" if presigned or "/s3/aws4_request" in str(signed.headers) else "bedrock"
         return _response(serialize.serialize_error(service, error, request_id))
     bearer = request.headers.get("authorization", "").startswith("Bearer ")
     if signature is None and (bearer or _is_reserved(signed.raw_path)):

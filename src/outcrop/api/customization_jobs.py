@@ -32,7 +32,7 @@ from outcrop.models.catalog import BaseModel
 from outcrop.store import jobs, models, tags
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job, NewJob
-from outcrop.store.tokens import request_token
+from outcrop.store.tokens import find_replay, request_token
 from outcrop.train.plan import make_plan
 
 KIND = "customization"
@@ -47,6 +47,13 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     with services.engine.connect() as connection:
         context.require(connection, "bedrock:CreateModelCustomizationJob", context.arn(ARN_TYPE))
         context.require(connection, "iam:PassRole", params["roleArn"])
+        # A repeat is answered as the first request was, also when its data is gone meanwhile.
+        token = request_token(context.account, context.region, context.operation, params)
+        replayed = find_replay(connection, token)
+        if replayed is not None:
+            job = jobs.get_job_by_id(connection, replayed)
+            assert job is not None, "jobs are never deleted"
+            return {"jobArn": job.arn}
         base = _base_model(connection, context, params["baseModelIdentifier"])
         _refuse_what_is_not_offered(base, params)
         plan = make_plan(
@@ -104,7 +111,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         job = jobs.create_job(
             connection,
             new_job,
-            token=request_token(context.account, context.region, context.operation, params),
+            token=token,
             max_custom_models=services.settings.max_custom_models,
         )
         if job.id == job_id and job_tags:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import anyio.to_thread
 from botocore.model import OperationModel
 from sqlalchemy.exc import OperationalError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.operations import OPERATIONS, AsyncOperation, Operation, SyncOperation
@@ -90,6 +90,8 @@ async def answer(request: Request, services: Services, request_id: str) -> HttpR
         reply = await _call(request, services, body, trace)
     except ApiError as error:
         reply = serialize.serialize_error(trace.service, error, request_id, trace.model)
+    except ClientDisconnect:
+        return HttpReply(499)  # nobody reads it; the log line says what happened
     except Exception as error:
         logger.exception("%s failed", request_id)
         reply = serialize.serialize_error(

@@ -10,7 +10,7 @@ from outcrop.errors import ObjectStoreError
 from outcrop.jobs import gc
 from outcrop.objects.client import object_store
 from outcrop.settings import Settings
-from outcrop.store.database import connect, migrate
+from outcrop.store.database import check_version, connect
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def collect_garbage(settings: Settings, *, remove: bool) -> Iterator[Collected]:
     Abandoned uploads are in the object store, so they are seen only while the service runs.
     """
     engine = connect(settings.effective_database_url)
-    migrate(engine)
+    check_version(engine)
     try:
         for item in gc.find_garbage(settings, engine):
             if remove:

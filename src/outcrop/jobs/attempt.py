@@ -36,6 +36,8 @@ from outcrop.store.database import connect, transaction
 logger = logging.getLogger("outcrop.attempt")
 
 EXIT_UNFINISHED = 1
+STORE_IS_AWAY = "ServiceUnavailable"
+"""The code of an object store that does not answer, as `objects.client` has it."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a write that trying again cannot mend: full disk, quota, limit on a file's size."""
 MAX_FAILURE_MESSAGE = 2048
@@ -91,7 +93,11 @@ def run_attempt(settings: Settings, engine: Engine, job_id: str, fence: int, sto
     except LeaseLost:
         logger.warning("the lease on job %s was lost; nothing more is written", job_id)
         return 0
-    except (ApiError, DataError, ModelError, ObjectStoreError, TrainingError) as error:
+    except ObjectStoreError as error:
+        if error.code == STORE_IS_AWAY:
+            raise  # another attempt may find it back
+        return _fail(engine, job_id, fence, str(error))
+    except (ApiError, DataError, ModelError, TrainingError) as error:
         return _fail(engine, job_id, fence, str(error))
     except (OSError, SafetensorError) as error:
         if _error_number(error) not in NO_ROOM:

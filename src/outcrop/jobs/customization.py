@@ -78,7 +78,14 @@ def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], 
     stage.end("validation")
 
     stage.begin("training")
-    reporter = Reporter(engine, objects, job, output, plan.total_steps(len(data.training)))
+    reporter = Reporter(
+        engine,
+        objects,
+        job,
+        output,
+        total_steps=plan.total_steps(len(data.training)),
+        num_epochs=plan.num_epochs,
+    )
     work = artifacts.work_folder(settings, job.id, job.fence)
     result = train(
         plan,

@@ -37,12 +37,19 @@ class Reporter:
     """Collects an attempt's metrics and writes them on; its methods are the loop's callbacks."""
 
     def __init__(
-        self, engine: Engine, objects: ObjectStore, job: Job, output: S3Uri, total_steps: int
+        self,
+        engine: Engine,
+        objects: ObjectStore,
+        job: Job,
+        output: S3Uri,
+        *,
+        total_steps: int,
+        num_epochs: int,
     ) -> None:
         self.steps: list[StepRow] = []
         self.validations: list[ValidationRow] = []
         self._engine, self._objects, self._job, self._output = engine, objects, job, output
-        self._total_steps = total_steps
+        self._total_steps, self._num_epochs = total_steps, num_epochs
         self._recent: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
         self._progress_at = self._csv_at = 0.0
 
@@ -94,7 +101,7 @@ class Reporter:
             "totalSteps": self._total_steps,
         }
         if self.steps:
-            progress["epoch"] = self.steps[-1].epoch_number
+            progress["epoch"] = round(self._num_epochs * done / self._total_steps, 3)
             progress["trainingLoss"] = self.steps[-1].training_loss
             seconds = sum(seconds for seconds, _ in self._recent)
             tokens = sum(tokens for _, tokens in self._recent)
