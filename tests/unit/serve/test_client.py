@@ -72,7 +72,6 @@ def test_a_refused_connection_is_a_serving_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "pieces",
     [
-        [],
         [HEAD],
         [HEAD, chunk(TOKEN)],
         [HEAD, chunk(TOKEN), b"0\r\n\r\n"],
@@ -86,6 +85,14 @@ def test_an_answer_that_breaks_off_is_a_model_error(tmp_path: Path, pieces: list
             await client.generate(REQUEST)
 
     asyncio.run(with_server(tmp_path / "s.sock", pieces, ask))
+
+
+def test_a_server_that_ends_before_it_answers_has_done_nothing(tmp_path: Path) -> None:
+    async def ask(client: ModelClient) -> None:
+        with pytest.raises(ServingError, match="before it answered"):
+            await client.generate(REQUEST)
+
+    asyncio.run(with_server(tmp_path / "s.sock", [], ask))
 
 
 def test_a_failure_of_the_server_itself_is_a_model_error(tmp_path: Path) -> None:
