@@ -12,16 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from outcrop.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 
 def has_fast_bfloat16() -> bool:
@@ -55,6 +50,12 @@ def load_base(folder: Path, dtype: torch.dtype | None = None) -> LlamaForCausalL
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no model: config.json is missing.")
+    # Only who needs the model pays for this import, which takes about 2 seconds.
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
     try:
         model, report = loader.from_pretrained(
