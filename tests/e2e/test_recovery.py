@@ -50,7 +50,7 @@ def test_jobs_survive_the_death_of_attempt_and_worker(own_service: Service) -> N
     arn = own_service.create_job(bucket, "kept", hyperParameters=SOME_STEPS)
     own_service.wait_for_step(arn)
     os.kill(own_service.process(ATTEMPT).pid, signal.SIGKILL)
-    wait_for(lambda: own_service.progress(arn)["attempt"] == 2, 60.0, "the second attempt")
+    wait_for(lambda: own_service.progress(arn)["attempt"] == 2, 300.0, "the second attempt")
     own_service.process(ATTEMPT)
     os.kill(own_service.process(WORKER).pid, signal.SIGKILL)
     _check_completed_once(own_service, arn)
