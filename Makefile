@@ -27,7 +27,7 @@ check: setup ## Format, lint, types, import rule
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 format: setup ## Format the code, and mend what the linter can mend
 	@$(BIN)/ruff format .
