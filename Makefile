@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.grouping -n 2 --dist loadgroup --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench serve soak lock clean
+.PHONY: help setup demo test check coverage format bench serve soak lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ check: setup ## Format, lint, types, import rule
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+coverage: setup ## Prove that tests reach every line of wire/, store/, errors and ids
+	@mkdir -p .run
+	@$(BIN)/python -m coverage run -m pytest --quiet tests/unit/wire tests/unit/store tests/unit/test_errors.py tests/unit/test_ids.py tests/protocol/test_botocore.py
+	@$(BIN)/python -m coverage report
 
 format: setup ## Format the code, and mend what the linter can mend
 	@$(BIN)/ruff format .

@@ -39,6 +39,14 @@ def _without_empty(shape: Shape, value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: item for key, item in value.items() if key != payload or item != b""}
 
 
+def _can_be_sent(service: str, value: Any) -> bool:
+    """Say whether a protocol can tell a value from an absent one: forms have no empty structure."""
+    if service != "sts":
+        return True
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value != {} and all(_can_be_sent(service, item) for item in items)
+
+
 SENDABLE = [pair for pair in OPERATIONS if pair[1] != "InvokeModelWithBidirectionalStream"]
 """All but the one whose input is an event stream, which botocore cannot send."""
 
@@ -50,13 +58,16 @@ def test_what_botocore_sends_is_read_back(service: str, name: str) -> None:
         for number in range(count):
             values = Values((service, name, optional, number), optional)
             shape = operation.input_shape
-            params = values.draw(shape) if shape is not None else {}
+            drawn = values.draw(shape) if shape is not None else {}
+            params = {name: item for name, item in drawn.items() if _can_be_sent(service, item)}
+            if shape is not None and not set(shape.required_members) <= params.keys():
+                continue
             sent = send(operation, params)
             if service == "sts":
                 found, parsed = parse_query_request(service_model("sts"), sent.body)
                 assert found.name == name
             else:
-                route = match(sent.method, sent.raw_path, query=sent.query)
+                route = match(sent.method, sent.raw_path)
                 assert (route.service, route.operation.name) == (service, name)
                 parsed = parse_request(
                     route, query=sent.query, headers=sent.headers, body=sent.body

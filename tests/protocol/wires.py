@@ -17,12 +17,9 @@ from outcrop.wire.model import SERVICES, service_model
 from outcrop.wire.serialize import HttpReply
 
 OPERATIONS = [
-    (service, name)
-    for service in SERVICES
-    for name in service_model(service).operation_names
-    if service != "sts" or name == "GetCallerIdentity"
+    (service, name) for service in SERVICES for name in service_model(service).operation_names
 ]
-"""Every operation that is understood here, by service and name."""
+"""Every operation of every service, by service and name."""
 
 
 @dataclass(frozen=True)

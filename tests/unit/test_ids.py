@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 
 import botocore.session
 import pytest
@@ -78,3 +79,9 @@ def test_what_is_no_s3_uri_is_none(text: str) -> None:
 def test_joining_puts_exactly_one_slash_between(prefix: str) -> None:
     assert str(ids.S3Uri("bucket", prefix).join("x.csv")) == "s3://bucket/out/x.csv"
     assert str(ids.S3Uri("bucket", "").join("x.csv")) == "s3://bucket/x.csv"
+
+
+def test_request_ids_differ_and_are_uuids() -> None:
+    first, second = ids.new_request_id(), ids.new_request_id()
+    assert first != second
+    assert str(uuid.UUID(first)) == first

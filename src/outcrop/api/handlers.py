@@ -169,7 +169,7 @@ def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trac
         )
         service = "sts"
     elif signature.service == "bedrock":
-        found = route.match(signed.method, signed.raw_path, query=signed.raw_query)
+        found = route.match(signed.method, signed.raw_path)
         trace.model, service = found.operation, found.service
         trace.service = service
     else:

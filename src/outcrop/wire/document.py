@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import Any
 
 from outcrop.errors import ApiError
@@ -68,8 +69,6 @@ def read_json(body: bytes) -> Any:
         raise serialization_error(
             f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         ) from None
-    except RecursionError:
-        raise _too_deep() from None
     if "\\u" in text:
         _check_characters(value)
     return value
@@ -97,25 +96,19 @@ def _check_depth(body: bytes) -> None:
         if first in b"[{":
             depth += 1
             if depth > MAX_DEPTH:
-                raise _too_deep()
+                raise serialization_error(
+                    f"The body nests deeper than {MAX_DEPTH} levels, the most allowed."
+                )
         elif first in b"]}":
             depth -= 1
-
-
-def _too_deep() -> ApiError:
-    return serialization_error(f"The body nests deeper than {MAX_DEPTH} levels, the most allowed.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise serialization_error(
-                    f"The body has the key {shorten(key)!a} twice in one object."
-                )
-            seen.add(key)
+        count = Counter(key for key, _ in pairs)
+        twice = next(key for key in count if count[key] > 1)
+        raise serialization_error(f"The body has the key {shorten(twice)!a} twice in one object.")
     return result
 
 

@@ -50,27 +50,12 @@ def event_message(operation: OperationModel, event: str, members: Mapping[str, A
         KeyError: the stream has no such event.
     """
     shape = _stream(operation).members[event]
-    headers = {":event-type": event, ":message-type": "event"}
-    payload: bytes | None = None
-    document: dict[str, Any] = {}
-    content_type = "application/json"
-    for name, member in shape.members.items():
-        value = members.get(name)
-        if value is None:
-            continue
-        if member.serialization.get("eventheader"):
-            headers[name] = str(value)
-        elif member.serialization.get("eventpayload"):
-            if member.type_name == "blob":
-                payload, content_type = bytes(value), "application/octet-stream"
-            elif member.type_name == "string":
-                payload, content_type = value.encode("utf-8"), "text/plain"
-            else:
-                payload = dump_json(to_json(member, value))
-        else:
-            document[wire_name(member, name)] = to_json(member, value)
-    headers[":content-type"] = content_type
-    return encode_event(headers, dump_json(document) if payload is None else payload)
+    headers = {
+        ":event-type": event,
+        ":content-type": "application/json",
+        ":message-type": "event",
+    }
+    return encode_event(headers, dump_json(to_json(shape, members)))
 
 
 def exception_message(operation: OperationModel, error: ApiError) -> bytes:

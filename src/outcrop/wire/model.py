@@ -58,9 +58,7 @@ def is_document(shape: Shape) -> bool:
 def stream_member(operation: OperationModel, *, output: bool) -> str | None:
     """Return the name of the member that is an event stream, or None."""
     shape = operation.output_shape if output else operation.input_shape
-    if shape is None:
-        return None
-    for name, member in shape.members.items():
+    for name, member in shape.members.items() if shape is not None else ():
         if member.serialization.get("eventstream"):
             return str(name)
     return None

@@ -57,8 +57,6 @@ def parse_request(
             its member's type. The message names the member.
     """
     shape = route.operation.input_shape
-    if shape is None:
-        return {}
     payload = shape.serialization.get("payload")
     fields: list[tuple[str, str]] | None = None
     document: dict[str, Any] | None = None
@@ -80,9 +78,8 @@ def parse_request(
             value = _prefixed(member, key.lower(), headers)
         elif name == payload:
             value = _from_payload(member, body, name)
-        elif payload is not None:
-            value = None
         else:
+            assert payload is None, f"{name} is neither the payload nor anywhere else"
             if document is None:
                 document = read_json_object(body)
             value = convert(member, document.get(key), name)
@@ -125,11 +122,8 @@ def convert(shape: Shape, value: Any, where: str) -> Any:
         return _float(value, where)
     if kind == "timestamp":
         return _timestamp(value, where)
-    if kind == "blob":
-        return _blob(value, where)
-    if kind == "char":
-        return value if isinstance(value, str) else _mismatch(where, "a string", value)
-    return value
+    assert kind == "blob", f"{shape.name} is of a new type"
+    return _blob(value, where)
 
 
 def parse_query_request(
@@ -163,8 +157,6 @@ def parse_query_request(
             http_status=400,
         )
     operation = service.operation_model(action)
-    if operation.input_shape is None:
-        return operation, {}
     return operation, _form_structure(operation.input_shape, form, "", 0) or {}
 
 
@@ -382,7 +374,7 @@ def _form_value(shape: Shape, form: Mapping[str, str], prefix: str, depth: int) 
             item := _form_value(shape.member, form, f"{base}.{len(items) + 1}", depth)
         ) is not None:
             items.append(item)
-        return items or None
+        return items if items or form.get(prefix) == "" else None
     if shape.type_name == "map":
         base = prefix if shape.serialization.get("flattened") else f"{prefix}.entry"
         key_name = shape.key.serialization.get("name", "key")

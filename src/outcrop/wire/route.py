@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from urllib.parse import parse_qsl, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from botocore.model import OperationModel
 
@@ -37,24 +37,22 @@ class _Target:
     service: str
     operation: OperationModel
     labels: tuple[str, ...]
-    query: tuple[tuple[str, str], ...]
 
 
 @dataclass
 class _Node:
     literals: dict[str, _Node] = field(default_factory=dict)
     label: _Node | None = None
-    greedy: _Node | None = None
-    targets: dict[str, list[_Target]] = field(default_factory=dict)
+    targets: dict[str, _Target] = field(default_factory=dict)
+    """By method."""
 
 
-def match(method: str, raw_path: str, *, query: str = "") -> Route:
+def match(method: str, raw_path: str) -> Route:
     """Return the operation that `method` and `raw_path` name.
 
     Args:
         method: as sent, upper case.
         raw_path: as sent, still percent-encoded, without the query. One trailing slash is ignored.
-        query: as sent; it matters only to operations whose path template has a query.
     Raises:
         ApiError: UnknownOperationException 404, for an unknown path and for a method that the path
             does not have; SerializationException 400, for a label that is not UTF-8.
@@ -62,7 +60,7 @@ def match(method: str, raw_path: str, *, query: str = "") -> Route:
     if len(raw_path) > MAX_PATH_LENGTH or not raw_path.startswith("/") or not raw_path.isascii():
         raise _unknown(method, raw_path)
     path = raw_path[1:-1] if raw_path.endswith("/") and len(raw_path) > 1 else raw_path[1:]
-    found = _find(_tree(), path.split("/"), 0, [], method, query)
+    found = _find(_tree(), path.split("/"), 0, [], method)
     if found is None:
         raise _unknown(method, raw_path)
     target, values = found
@@ -81,72 +79,38 @@ def _tree() -> _Node:
 
 
 def _insert(root: _Node, service: str, operation: OperationModel) -> None:
-    template, _, fixed_query = operation.http["requestUri"].partition("?")
+    template, method = operation.http["requestUri"], operation.http["method"]
+    assert not {"?", "+"} & set(template), f"{operation.name} has a path of a new kind"
     labels: list[str] = []
     node = root
     for segment in template.strip("/").split("/"):
         if not segment.startswith("{"):
             node = node.literals.setdefault(segment, _Node())
-        elif segment.endswith("+}"):
-            labels.append(segment[1:-2])
-            node.greedy = node.greedy or _Node()
-            node = node.greedy
         else:
             labels.append(segment[1:-1])
             node.label = node.label or _Node()
             node = node.label
-    query = tuple(parse_qsl(fixed_query, keep_blank_values=True))
-    targets = node.targets.setdefault(operation.http["method"], [])
-    clash = next((other for other in targets if other.query == query), None)
-    assert clash is None, f"{operation.name} and {clash and clash.operation.name} share a path"
-    targets.append(_Target(service, operation, tuple(labels), query))
-    targets.sort(key=lambda target: -len(target.query))  # the most specific is tried first
+    assert method not in node.targets, f"{operation.name} shares its path with another operation"
+    node.targets[method] = _Target(service, operation, tuple(labels))
 
 
 def _find(
-    node: _Node, segments: list[str], at: int, values: list[str], method: str, query: str
+    node: _Node, segments: list[str], at: int, values: list[str], method: str
 ) -> tuple[_Target, list[str]] | None:
-    """Walk the tree from `segments[at]`: literals before labels before greedy labels."""
+    """Walk the tree from `segments[at]`: literals before labels."""
     if at == len(segments):
-        for target in node.targets.get(method, ()):
-            if _has_query(target.query, query):
-                return target, values
-        return None
+        target = node.targets.get(method)
+        return None if target is None else (target, values)
     segment = segments[at]
     child = node.literals.get(segment)
     if child is not None:
-        found = _find(child, segments, at + 1, values, method, query)
+        found = _find(child, segments, at + 1, values, method)
         if found is not None:
             return found
     # A signature covers the path with its dot segments removed, so they must never be a value.
-    if segment in ("", ".", ".."):
+    if node.label is None or segment in ("", ".", ".."):
         return None
-    if node.label is not None:
-        found = _find(node.label, segments, at + 1, [*values, segment], method, query)
-        if found is not None:
-            return found
-    if node.greedy is not None:
-        for end in range(len(segments), at, -1):
-            if not {".", ".."}.isdisjoint(segments[at:end]):
-                continue
-            rest = [*values, "/".join(segments[at:end])]
-            found = _find(node.greedy, segments, end, rest, method, query)
-            if found is not None:
-                return found
-    return None
-
-
-def _has_query(wanted: tuple[tuple[str, str], ...], query: str) -> bool:
-    if not wanted:
-        return True
-    try:
-        present = parse_qsl(query, keep_blank_values=True, max_num_fields=1000)
-    except ValueError:
-        return False
-    return all(
-        any(name == key and (value == "" or value == got) for key, got in present)
-        for name, value in wanted
-    )
+    return _find(node.label, segments, at + 1, [*values, segment], method)
 
 
 def _decode(name: str, value: str) -> str:

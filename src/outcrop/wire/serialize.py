@@ -118,11 +118,7 @@ def serialize_error(
     )
     for name, member in shape.members.items() if shape is not None else ():
         value = error.members.get(name)
-        if value is None or name.lower() == "message":
-            continue
-        if member.serialization.get("location") == "header":
-            headers[wire_name(member, name)] = _header(member, value)
-        else:
+        if value is not None and name.lower() != "message":
             document[wire_name(member, name)] = to_json(member, value)
     return HttpReply(error.http_status, headers, dump_json(document))
 
@@ -166,9 +162,8 @@ def to_json(shape: Shape, value: Any) -> Any:
         if isinstance(value, bool):
             raise TypeError(f"{shape.name} must be an int, not a bool")
         return _expect(value, int, shape)
-    if kind in ("float", "double"):
-        return _number(float(value))
-    return value
+    assert kind in ("float", "double"), f"{shape.name} is of a new type"
+    return _number(float(value))
 
 
 def dump_json(document: Any) -> bytes:

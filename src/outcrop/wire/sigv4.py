@@ -235,11 +235,8 @@ def sign(key: bytes, *lines: str) -> str:
 
 
 def _sha256(text: str) -> str:
-    try:
-        data = text.encode("latin-1")  # header values hold the bytes that were sent
-    except UnicodeEncodeError:
-        data = text.encode("utf-8", "surrogateescape")
-    return hashlib.sha256(data).hexdigest()
+    # Header values hold the bytes that were sent, one character a byte; the rest is ASCII.
+    return hashlib.sha256(text.encode("latin-1")).hexdigest()
 
 
 def _canonical_targets(request: SignedRequest, signature: Signature) -> Iterable[tuple[str, str]]:

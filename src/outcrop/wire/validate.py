@@ -42,7 +42,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "timestamp": (datetime,),
 }
 _LENGTH_TYPES = frozenset({"string", "char", "list", "map", "blob"})
-_NUMBER_TYPES = frozenset({"integer", "long", "float", "double"})
 
 
 def validate(shape: Shape, params: dict[str, Any]) -> None:
@@ -129,12 +128,7 @@ def _check_limits(shape: Shape, value: Any, where: str, violations: list[str]) -
         _violate(shape, value, where, rule, violations)
         return
     kind = shape.type_name
-    if kind in _LENGTH_TYPES:
-        size, noun = len(value), "length"
-    elif kind in _NUMBER_TYPES:
-        size, noun = value, "value"
-    else:
-        return
+    size, noun = (len(value), "length") if kind in _LENGTH_TYPES else (value, "value")
     minimum, maximum = limits.get("min"), limits.get("max")
     pattern = limits.get("pattern")
     too_long = maximum is not None and size > maximum

@@ -236,6 +236,15 @@ def test_a_json_value_of_the_wrong_type_is_refused_by_its_path(
     assert f"'{where}'" in caught.value.message
 
 
+def test_a_number_is_read_strictly() -> None:
+    shape = service_model("bedrock-runtime").shape_for("InferenceConfiguration")
+    shape = shape.members["temperature"]
+    assert convert(shape, 1, "temperature") == 1.0
+    for wrong in ("1", True, 10**400):
+        with pytest.raises(ApiError, match="'temperature'"):
+            convert(shape, wrong, "temperature")
+
+
 def test_base64_is_read_strictly() -> None:
     shape = service_model("bedrock-runtime").shape_for("ImageSource").members["bytes"]
     assert convert(shape, "aGk=", "bytes") == b"hi"
