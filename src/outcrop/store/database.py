@@ -13,14 +13,15 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import URL, Connection, Engine, event
 
 from outcrop.errors import StoreError
+from outcrop.store.files import sync
 from outcrop.store.migrations import MIGRATIONS, Migration
 from outcrop.store.tables import schema_version
 
@@ -30,22 +31,63 @@ BUSY_SECONDS = 30.0
 """How long a writer waits for another one before it gives up."""
 MAX_CONNECTIONS = 64
 """Of one process; above the gateway's 40 threads, so that none waits for a connection."""
+_ALLOWED_URLS = (
+    "It must be sqlite:////path/of/a/file, or postgresql://user:password@host/database, which "
+    "needs `pip install outcrop[postgresql]`."
+)
 
 
 def connect(url: str) -> Engine:
-    """Return an engine for the URL; it connects at the first use, and threads may share it."""
-    limits = {"pool_size": 8, "max_overflow": MAX_CONNECTIONS - 8}
-    if not url.startswith("sqlite"):  # pragma: no cover - needs a PostgreSQL
-        return sa.create_engine(url, pool_pre_ping=True, **limits)
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS}, **limits)
-    assert engine.url.database, "the database must be a file"
+    """Return an engine for the URL; it connects at the first use, and threads may share it.
+
+    Raises:
+        StoreError: the URL names no database that can be used, or its driver is not installed.
+    """
+    parsed = _parse(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    options = {"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {"pool_pre_ping": True}
+    try:
+        engine = sa.create_engine(parsed, pool_size=8, max_overflow=MAX_CONNECTIONS - 8, **options)
+    except ModuleNotFoundError as error:
+        raise StoreError(
+            f"database_url names a {parsed.get_backend_name()} database, but its driver "
+            f"{error.name} is not installed: `pip install outcrop[postgresql]`."
+        ) from error
+    if is_sqlite:
+        _prepare_sqlite(engine)
+    return engine
+
+
+def _parse(url: str) -> URL:
+    """Return the URL with its driver. No message shows it, because it can hold a password."""
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError as error:
+        raise StoreError(f"database_url is not a URL. {_ALLOWED_URLS}") from error
+    if parsed.drivername == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")  # not SQLAlchemy's own default
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise StoreError(
+            f"database_url begins with {parsed.drivername}, which is not supported. {_ALLOWED_URLS}"
+        )
+    if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise StoreError(f"database_url names no file: processes share it. {_ALLOWED_URLS}")
+    return parsed
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    assert engine.url.database is not None
     file = Path(engine.url.database)
 
     @event.listens_for(engine, "do_connect")
     def _make_private(*arguments: object) -> None:
         # It holds secret access keys. SQLite gives its log the mode of the database itself.
+        # One that exists is never opened here: closing it would drop the locks of this process's
+        # other connections, and the log would be deleted beneath them by whoever ends next.
+        # Source: sqlite.org/howtocorrupt.html, section 2.2.
         if file.parent.is_dir():
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+            with suppress(FileExistsError):
+                os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, record: object) -> None:
@@ -54,14 +96,11 @@ def connect(url: str) -> Engine:
         connection.isolation_level = None
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         immediate = connection.get_execution_options().get("immediate", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-    return engine
 
 
 @contextmanager
@@ -164,11 +203,9 @@ def _copy(engine: Engine, backup_dir: Path, version: int) -> None:
     backup_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     target = backup_dir / f"outcrop-v{version}-{stamp}.sqlite3"
-    descriptor = os.open(target, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(target)) as copy:
-            source.backup(copy)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.close(os.open(target, os.O_RDWR | os.O_CREAT, 0o600))
+    with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+    sync(target)
+    sync(backup_dir)
     logger.info("the database of schema version %d was copied to %s", version, target)

@@ -2,9 +2,8 @@
 
 Every write that changes a state names the state it was decided on, and an attempt's writes name
 its fence: a number that grows with each claim. A write that finds another state or fence changes
-nothing and returns False. Recovery runs
-nothing: it puts the row back into the queue, so that a recovered job starts by the same claim as
-    a new one.
+nothing and returns False. Recovery runs nothing: it puts the row back into the queue, so that a
+recovered job starts by the same claim as a new one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Unpack
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -20,7 +19,7 @@ from sqlalchemy import Connection
 from outcrop.errors import ConflictException, ServiceQuotaExceededException
 from outcrop.store import events, models, tables, tokens
 from outcrop.store.database import lock_account
-from outcrop.store.listing import list_page
+from outcrop.store.listing import Listing, list_page
 from outcrop.store.rows import (
     Job,
     JobStatus,
@@ -133,31 +132,13 @@ def list_jobs(
     kind: str,
     *,
     statuses: Sequence[JobStatus] | None = None,
-    name_contains: str | None = None,
-    created_after: datetime | None = None,
-    created_before: datetime | None = None,
-    ascending: bool = False,
-    limit: int = 100,
-    after: tuple[int, str] | None = None,
+    **listing: Unpack[Listing],
 ) -> Page[Job]:
     """List an account's jobs of one kind; see `list_page`."""
     conditions = [_TABLE.c.kind == kind]
     if statuses is not None:
         conditions.append(_TABLE.c.status.in_(statuses))
-    return list_page(
-        connection,
-        _TABLE,
-        Job,
-        account,
-        region,
-        conditions,
-        name_contains=name_contains,
-        created_after=created_after,
-        created_before=created_before,
-        ascending=ascending,
-        limit=limit,
-        after=after,
-    )
+    return list_page(connection, _TABLE, Job, account, region, conditions, **listing)
 
 
 def stages(connection: Connection, job_id: str) -> dict[str, Stage]:
@@ -322,16 +303,17 @@ def fail_exhausted(connection: Connection, max_attempts: int) -> list[str]:
 
 def advance_stage(connection: Connection, job_id: str, fence: int, stage: str, status: str) -> bool:
     """Move a stage on. False where the lease is lost."""
-    if not _is_held(connection, job_id, fence):
-        return False
     now = datetime.now(UTC)
+    # First, because it locks the row: no other attempt can begin before this transaction ends.
+    query = sa.update(_TABLE).where(*_held(job_id, fence)).values(last_modified_at=now)
+    if connection.execute(query).rowcount != 1:
+        return False
     values: dict[str, Any] = {"status": status, "last_modified_at": now}
     mine = (_STAGE.c.job_id == job_id, _STAGE.c.stage == stage)
     begun = connection.execute(sa.select(_STAGE.c.created_at).where(*mine)).scalar()
     if begun is None:
         values["created_at"] = now
     connection.execute(sa.update(_STAGE).where(*mine).values(**values))
-    connection.execute(sa.update(_TABLE).where(_TABLE.c.id == job_id).values(last_modified_at=now))
     _event(connection, job_id, "INFO", f"{stage}:{status}", f"Stage {stage} is {status}.")
     return True
 
@@ -427,11 +409,6 @@ def _held(job_id: str, fence: int) -> tuple[sa.ColumnElement[bool], ...]:
         columns.fence == fence,
         columns.status.in_(HELD),
     )
-
-
-def _is_held(connection: Connection, job_id: str, fence: int) -> bool:
-    query = sa.select(_TABLE.c.id).where(*_held(job_id, fence))
-    return connection.execute(query).first() is not None
 
 
 def _move(connection: Connection, job_id: str, from_status: JobStatus, **values: Any) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
@@ -17,6 +17,17 @@ from outcrop.store.tables import to_microseconds
 T = TypeVar("T")
 
 
+class Listing(TypedDict, total=False):
+    """What every list can be asked for; what is left out has the default of `list_page`."""
+
+    name_contains: str | None
+    created_after: datetime | None
+    created_before: datetime | None
+    ascending: bool
+    limit: int
+    after: tuple[int, str] | None
+
+
 def list_page(
     connection: Connection,
     table: Table,
@@ -25,17 +36,19 @@ def list_page(
     region: str,
     conditions: Sequence[sa.ColumnElement[bool]],
     *,
-    name_contains: str | None,
-    created_after: datetime | None,
-    created_before: datetime | None,
-    ascending: bool,
-    limit: int,
-    after: tuple[int, str] | None,
+    name_contains: str | None = None,
+    created_after: datetime | None = None,
+    created_before: datetime | None = None,
+    ascending: bool = False,
+    limit: int = 100,
+    after: tuple[int, str] | None = None,
 ) -> Page[T]:
-    """Return up to `limit` rows, ordered by creation and id.
+    """Return up to `limit` rows, newest first unless `ascending`.
 
     Args:
         name_contains: text that the name must hold, case counted.
+        created_after, created_before: neither instant is itself in.
+        ascending: oldest first.
         after: the position of the last row of the page before; None begins.
     """
     columns = table.c

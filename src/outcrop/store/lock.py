@@ -29,8 +29,7 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             raise StoreError(
                 f"{data_dir} is in use by another `outcrop serve`, process {holder}. End that "
-                "one, or "
-                "give this one a directory of its own with --data-dir."
+                "one, or give this one a directory of its own with --data-dir."
             ) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Unpack
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -11,7 +12,7 @@ from outcrop.errors import ConflictException
 from outcrop.ids import parse_arn
 from outcrop.store import tables
 from outcrop.store.database import lock_account
-from outcrop.store.listing import list_page
+from outcrop.store.listing import Listing, list_page
 from outcrop.store.rows import CustomModel, NewCustomModel, Page, from_row
 from outcrop.store.tags import put_tags, remove_tags
 
@@ -61,12 +62,7 @@ def list_models(
     status: str | None = None,
     base_model_arn: str | None = None,
     foundation_model_arn: str | None = None,
-    name_contains: str | None = None,
-    created_after: datetime | None = None,
-    created_before: datetime | None = None,
-    ascending: bool = False,
-    limit: int = 100,
-    after: tuple[int, str] | None = None,
+    **listing: Unpack[Listing],
 ) -> Page[CustomModel]:
     """List an account's models; see `list_page`."""
     wanted = {
@@ -74,20 +70,8 @@ def list_models(
         "base_model_arn": base_model_arn,
         "foundation_model_arn": foundation_model_arn,
     }
-    return list_page(
-        connection,
-        _TABLE,
-        CustomModel,
-        account,
-        region,
-        [_TABLE.c[name] == value for name, value in wanted.items() if value is not None],
-        name_contains=name_contains,
-        created_after=created_after,
-        created_before=created_before,
-        ascending=ascending,
-        limit=limit,
-        after=after,
-    )
+    conditions = [_TABLE.c[name] == value for name, value in wanted.items() if value is not None]
+    return list_page(connection, _TABLE, CustomModel, account, region, conditions, **listing)
 
 
 def count_models(connection: Connection, account: str, region: str) -> int:
@@ -105,8 +89,7 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
     """Delete a model and its tags.
 
     Raises:
-        ConflictException: provisioned throughputs use it, or jobs that have not ended start from
-            it; the message names them.
+        ConflictException: provisioned throughputs use it; the message names them.
     """
     lock_account(connection, model.account, model.region)
     columns = tables.throughput.c
@@ -121,22 +104,5 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
             f"The custom model {model.name} is in use by provisioned throughput: "
             f"{', '.join(names)}. Delete that first."
         )
-    names = _jobs_from(connection, model)
-    if names:
-        raise ConflictException(
-            f"The custom model {model.name} is what jobs start from: {', '.join(names)}. Stop "
-            "them, or wait for their end."
-        )
     connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == model.id))
     remove_tags(connection, model.account, model.region, model.arn)
-
-
-def _jobs_from(connection: Connection, model: CustomModel) -> list[str]:
-    columns = tables.job.c
-    live = sa.select(columns.name, columns.spec).where(
-        columns.account == model.account,
-        columns.region == model.region,
-        columns.status.in_(("queued", "running", "stopping")),
-    )
-    rows = connection.execute(live.order_by(columns.number))
-    return [row.name for row in rows if row.spec.get("baseModelArn") == model.arn]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Unpack
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -14,7 +15,7 @@ from outcrop.errors import (
 )
 from outcrop.store import tables, tokens
 from outcrop.store.database import lock_account
-from outcrop.store.listing import list_page
+from outcrop.store.listing import Listing, list_page
 from outcrop.store.rows import NewProvisionedModel, Page, ProvisionedModel, from_row
 from outcrop.store.tags import remove_tags
 from outcrop.store.tokens import RequestToken
@@ -106,29 +107,12 @@ def list_throughputs(
     *,
     status: str | None = None,
     model_arn: str | None = None,
-    name_contains: str | None = None,
-    created_after: datetime | None = None,
-    created_before: datetime | None = None,
-    ascending: bool = False,
-    limit: int = 100,
-    after: tuple[int, str] | None = None,
+    **listing: Unpack[Listing],
 ) -> Page[ProvisionedModel]:
     """List an account's throughputs; see `list_page`."""
     wanted = {"status": status, "model_arn": model_arn}
-    return list_page(
-        connection,
-        _TABLE,
-        ProvisionedModel,
-        account,
-        region,
-        [_TABLE.c[name] == value for name, value in wanted.items() if value is not None],
-        name_contains=name_contains,
-        created_after=created_after,
-        created_before=created_before,
-        ascending=ascending,
-        limit=limit,
-        after=after,
-    )
+    conditions = [_TABLE.c[name] == value for name, value in wanted.items() if value is not None]
+    return list_page(connection, _TABLE, ProvisionedModel, account, region, conditions, **listing)
 
 
 def weights_being_created(connection: Connection) -> set[str]:

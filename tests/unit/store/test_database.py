@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -59,7 +61,6 @@ def test_acknowledged_writes_are_synced_and_readers_do_not_wait(sqlite: Engine) 
     with sqlite.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
-        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
 
 
 def test_reader_sees_the_last_commit_while_a_writer_is_at_work(engine: Engine) -> None:
@@ -123,6 +124,42 @@ def test_database_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     engine.dispose()
     assert modes == dict.fromkeys(modes, 0o600)
     assert "outcrop.sqlite3-wal" in modes
+
+
+def test_log_stays_while_another_process_comes_and_goes(tmp_path: Path) -> None:
+    """Who ends last deletes the log; our locks say that it is not the other one."""
+    file = tmp_path / "outcrop.sqlite3"
+    engine = connect(f"sqlite:///{file}")
+    migrate(engine)
+    ends = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM job')"
+    with engine.connect() as first, engine.connect() as second:
+        for connection in (first, second):  # making the second must not undo the first's locks
+            connection.execute(sa.select(tables.job.c.id)).all()
+        log = Path(f"{file}-wal").stat().st_ino
+        subprocess.run([sys.executable, "-c", f"{ends}.fetchall(); c.close()", file], check=True)
+        assert Path(f"{file}-wal").stat().st_ino == log
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nonsense", r"is not a URL\. It must be sqlite:///"),
+        ("mysql://user:secret@host/db", "begins with mysql, which is not supported"),
+        ("postgresql+asyncpg://user:secret@host/db", "begins with postgresql.asyncpg, which"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("postgresql://user:secret@host/db", r"psycopg is not .*`pip install outcrop\[postgr"),
+        ("postgresql+psycopg://user:secret@host/db", "psycopg is not installed"),
+    ],
+)
+def test_url_that_cannot_be_used_is_refused_with_the_setting_and_the_remedy(
+    url: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as where it is not installed
+    with pytest.raises(StoreError, match=f"^database_url .*{says}") as refused:
+        connect(url)
+    assert "secret" not in str(refused.value)
 
 
 def test_migrating_twice_changes_nothing(engine: Engine) -> None:

@@ -274,6 +274,21 @@ def snapshot(engine: Engine) -> list[Any]:
         ]
 
 
+def test_stage_moves_only_once_the_row_is_held_fast(engine: Engine) -> None:
+    """The first statement is the guarded write: a claim in between would have to wait for it."""
+    with transaction(engine) as connection:
+        job = running(connection, "a")
+    statements: list[str] = []
+    sa.event.listen(
+        engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+    )
+    with transaction(engine) as connection:
+        assert jobs.advance_stage(connection, job.id, job.fence, "training", "InProgress")
+    first = next(text for text in statements if not text.startswith("BEGIN"))
+    assert first.startswith("UPDATE job SET last_modified_at")
+    assert "fence" in first
+
+
 def test_heartbeat_moves_and_tells_the_status(engine: Engine) -> None:
     with transaction(engine) as connection:
         job = running(connection, "a")

@@ -16,7 +16,6 @@ from tests.unit.store.build import (
     new_model,
     new_throughput,
     queued,
-    running,
 )
 
 from outcrop.errors import (
@@ -26,7 +25,7 @@ from outcrop.errors import (
     ValidationException,
 )
 from outcrop.ids import new_id
-from outcrop.store import jobs, models, servers, tags, throughputs
+from outcrop.store import models, servers, tags, throughputs
 from outcrop.store.database import transaction
 from outcrop.store.rows import CustomModel
 from outcrop.store.tokens import request_token
@@ -70,24 +69,6 @@ def test_used_model_is_not_deleted_and_its_users_are_named(engine: Engine) -> No
         transaction(engine) as connection,
     ):
         models.delete_model(connection, model)
-
-
-def test_model_that_a_job_starts_from_is_not_deleted(engine: Engine) -> None:
-    model = publish(engine, "mine")
-    with transaction(engine) as connection:
-        ended = queued(connection, "old", spec={"baseModelArn": model.arn})
-        jobs.request_stop(connection, ended.id)
-        live = running(connection, "chained", spec={"baseModelArn": model.arn})
-        queued(connection, "unrelated")
-    with (
-        pytest.raises(ConflictException, match="mine is what jobs start from: chained"),
-        transaction(engine) as connection,
-    ):
-        models.delete_model(connection, model)
-    with transaction(engine) as connection:
-        jobs.fail_job(connection, live.id, live.fence, "over")
-        models.delete_model(connection, model)
-        assert models.get_model(connection, *SCOPE, "mine") is None
 
 
 def test_deleted_model_takes_its_tags_along_and_frees_its_name(engine: Engine) -> None:
