@@ -9,6 +9,7 @@ a misspelt setting must not be ignored.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -24,8 +25,22 @@ CONFIG_VARIABLE = "OUTCROP_CONFIG"
 CONFIG_FILE = "outcrop.toml"
 
 
-def _setting(help: str, default: Any = MISSING, *, secret: bool = False, **kwargs: Any) -> Any:
-    metadata = {"help": help, "secret": secret}
+def _setting(
+    help: str,
+    default: Any = MISSING,
+    *,
+    secret: bool = False,
+    minimum: int = 1,
+    form: tuple[str, str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        minimum: of a number.
+        form: the pattern of a text, and what it says in words.
+    """
+    metadata = {"help": help, "secret": secret, "minimum": minimum, "form": form}
     if "default_factory" in kwargs:
         return field(default_factory=kwargs["default_factory"], repr=not secret, metadata=metadata)
     return field(default=default, repr=not secret, metadata=metadata)
@@ -43,48 +58,73 @@ class Settings:
         "The one directory that holds everything: database, objects, models, logs.",
         default_factory=_default_data_dir,
     )
-    host: str = _setting("Address the gateway listens on.", "127.0.0.1")
-    port: int = _setting("Port the gateway listens on; 0 takes a free one.", 7070)
-    account: str = _setting("Account id made at the first start, 12 digits.", "123456789012")
-    region: str = _setting("Region the service answers for.", "us-east-1")
+    host: str = _setting(
+        "Address the gateway listens on.", "127.0.0.1", form=(r"\S+", "an address or a host's name")
+    )
+    port: int = _setting("Port the gateway listens on; 0 takes a free one.", 7070, minimum=0)
+    account: str = _setting(
+        "Account id made at the first start, 12 digits.",
+        "123456789012",
+        form=(r"[0-9]{12}", "12 digits"),
+    )
+    region: str = _setting(
+        "Region the service answers for.",
+        "us-east-1",
+        form=(r"[a-z0-9-]+", "lower-case letters, digits and hyphens"),
+    )
     database_url: str = _setting(
         "SQLAlchemy URL of the database; empty means SQLite in the data directory.", "", secret=True
     )
     s3_endpoint_url: str = _setting(
-        "URL of an S3 of your own; empty means the embedded object store.", ""
+        "URL of an S3 of your own; empty means the embedded object store.",
+        "",
+        form=(r"(https?://[^\s/]\S*)?", "a URL that begins with http:// or https://"),
     )
     s3_access_key_id: str = _setting("Access key for your own S3.", "", secret=True)
     s3_secret_access_key: str = _setting("Secret key for your own S3.", "", secret=True)
-    s3_region: str = _setting("Region your own S3 signs with.", "us-east-1")
+    s3_region: str = _setting(
+        "Region your own S3 signs with.", "us-east-1", form=(r"[^\s/]+", "a region's name")
+    )
     job_slots: int = _setting(
         "Jobs that may run at once; 0 means as many as cores and memory carry (one on two cores).",
         0,
+        minimum=0,
     )
     train_threads: int = _setting(
-        "Threads of one training process; 0 means its share of the cores.", 0
+        "Threads of one training process; 0 means its share of the cores.", 0, minimum=0
     )
-    serve_threads: int = _setting("Threads of one model server; 0 means its share of the cores.", 0)
+    serve_threads: int = _setting(
+        "Threads of one model server; 0 means its share of the cores.", 0, minimum=0
+    )
     model_idle_seconds: int = _setting(
         "A model server that answered nothing for so long is ended and its memory given back.", 900
     )
     model_start_seconds: int = _setting(
-        "How long an invocation waits for its model server to start before ModelNotReadyException.",
+        "How long an invocation waits for its model server to start before "
+        "ModelNotReadyException; 0 does not wait.",
         45,
+        minimum=0,
     )
     invoke_timeout_seconds: int = _setting(
         "How long one invocation may take before ModelTimeoutException.", 300
     )
     max_training_records: int = _setting(
-        "Records a training file may hold; 0 keeps the limit of the model's family.", 0
+        "Records a training file may hold; 0 keeps the limit of the model's family.", 0, minimum=0
     )
     max_validation_records: int = _setting(
-        "Records a validation file may hold; 0 keeps the limit of the model's family.", 0
+        "Records a validation file may hold; 0 keeps the limit of the model's family.",
+        0,
+        minimum=0,
     )
     max_provisioned_models: int = _setting(
-        "Provisioned throughputs without commitment an account may hold.", 2
+        "Provisioned throughputs without commitment an account may hold; 0 allows none.",
+        2,
+        minimum=0,
     )
     max_model_units: int = _setting("Model units one provisioned throughput may have.", 1)
-    max_custom_models: int = _setting("Custom models an account may hold in a region.", 100)
+    max_custom_models: int = _setting(
+        "Custom models an account may hold in a region; 0 allows none.", 100, minimum=0
+    )
     max_job_attempts: int = _setting(
         "Attempts after which a job whose process keeps dying is failed.", 5
     )
@@ -93,7 +133,9 @@ class Settings:
         "Size at which a process's log file is rotated, in bytes.", 10_000_000
     )
     keep_upload_days: int = _setting(
-        "Days after which an abandoned multipart upload is removed.", 7
+        "Days after which an abandoned multipart upload is removed from the embedded object "
+        "store; in an S3 of your own its lifecycle rules do that.",
+        7,
     )
 
     @property
@@ -196,25 +238,32 @@ def _config_file(environ: Mapping[str, str], data_dir: Path | None) -> Path | No
 
 def _convert(item: Field[Any], value: object, origin: str) -> Any:
     kind = {"int": int, "str": str, "Path": Path}[str(item.type)]
+    text = str(value)
     if kind is int:
         try:
-            return int(str(value))
+            return int(text)
         except ValueError:
             raise SettingsError(f"{origin} must be a whole number, not {value!r}.") from None
     if kind is Path:
-        return Path(str(value)).expanduser().absolute()
-    return str(value)
+        if not text:
+            raise SettingsError(f"{origin} is empty; it must name a directory.")
+        try:
+            return Path(text).expanduser().absolute()
+        except RuntimeError:  # the home of a user who is not there
+            raise SettingsError(f"{origin} is {text!r}, whose home is not known.") from None
+    return text
 
 
 def _check(settings: Settings) -> None:
-    if not (settings.account.isdecimal() and len(settings.account) == 12):
-        raise SettingsError(f"account must be 12 digits, not {settings.account!r}.")
     if not 0 <= settings.port <= 65535:
         raise SettingsError(f"port must be between 0 and 65535, not {settings.port}.")
     for item in setting_fields():
         value = getattr(settings, item.name)
-        if isinstance(value, int) and value < 0:
-            raise SettingsError(f"{item.name} must not be negative, not {value}.")
+        minimum, form = item.metadata["minimum"], item.metadata["form"]
+        if isinstance(value, int) and value < minimum:
+            raise SettingsError(f"{item.name} must be at least {minimum}, not {value}.")
+        if form is not None and not re.fullmatch(form[0], value):
+            raise SettingsError(f"{item.name} must be {form[1]}, not {value!r}.")
     if settings.s3_endpoint_url and not (
         settings.s3_access_key_id and settings.s3_secret_access_key
     ):

@@ -49,7 +49,20 @@ def test_named_config_file_is_read(tmp_path: Path) -> None:
         ({"OUTCROP_PORT": "many"}, "OUTCROP_PORT must be a whole number, not 'many'"),
         ({"OUTCROP_PORT": "70707"}, "port must be between 0 and 65535, not 70707"),
         ({"OUTCROP_ACCOUNT": "12"}, "account must be 12 digits, not '12'"),
-        ({"OUTCROP_JOB_SLOTS": "-1"}, "job_slots must not be negative, not -1"),
+        ({"OUTCROP_JOB_SLOTS": "-1"}, "job_slots must be at least 0, not -1"),
+        ({"OUTCROP_MAX_JOB_ATTEMPTS": "0"}, "max_job_attempts must be at least 1, not 0"),
+        ({"OUTCROP_MAX_BODY_BYTES": "0"}, "max_body_bytes must be at least 1, not 0"),
+        ({"OUTCROP_INVOKE_TIMEOUT_SECONDS": "0"}, "invoke_timeout_seconds must be at least 1"),
+        ({"OUTCROP_KEEP_LOG_BYTES": "0"}, "keep_log_bytes must be at least 1, not 0"),
+        ({"OUTCROP_KEEP_UPLOAD_DAYS": "0"}, "keep_upload_days must be at least 1, not 0"),
+        ({"OUTCROP_ACCOUNT": "\uff11" * 12}, "account must be 12 digits"),
+        ({"OUTCROP_REGION": ""}, "region must be lower-case letters, digits and hyphens, not ''"),
+        ({"OUTCROP_REGION": "US East"}, "region must be lower-case letters"),
+        ({"OUTCROP_HOST": ""}, "host must be an address or a host's name, not ''"),
+        ({"OUTCROP_S3_ENDPOINT_URL": "s3:9000"}, "s3_endpoint_url must be a URL that begins with"),
+        ({"OUTCROP_S3_REGION": ""}, "s3_region must be a region's name"),
+        ({"OUTCROP_DATA_DIR": ""}, "OUTCROP_DATA_DIR is empty; it must name a directory"),
+        ({"OUTCROP_DATA_DIR": "~no-such-user/x"}, "whose home is not known"),
         ({"OUTCROP_S3_ENDPOINT_URL": "http://s3"}, "s3_access_key_id and s3_secret_access_key"),
     ],
 )
@@ -87,6 +100,14 @@ def test_a_child_process_sees_exactly_the_same_settings(tmp_path: Path) -> None:
     environ = child_environment(settings, {"PATH": "/bin", "OUTCROP_PORT": "9"})
     assert environ["PATH"] == "/bin"
     assert load_settings(environ) == settings
+
+
+def test_zero_is_allowed_where_it_has_a_meaning_and_the_help_text_says_which() -> None:
+    numbers = [item for item in setting_fields() if item.type == "int"]
+    allowed = {item.name for item in numbers if item.metadata["minimum"] == 0}
+    assert allowed == {item.name for item in numbers if " 0 " in item.metadata["help"]}
+    settings = load_settings({f"OUTCROP_{name.upper()}": "0" for name in allowed})
+    assert settings.port == settings.max_custom_models == 0
 
 
 def test_every_setting_has_a_help_text() -> None:
