@@ -16,9 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.identity.bootstrap import bootstrap
 from outcrop.objects import embedded
@@ -46,17 +47,19 @@ STORE, GATEWAY, WORKER, CLEANING = embedded.NAME, "gateway", "worker", "gc"
 
 
 def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
-    """Run until SIGTERM or SIGINT; returns the exit code.
+    """Run until SIGTERM or SIGINT; returns the exit code. A start is given up at once by either.
 
+    Args:
+        settings: their data directory is there.
+        on_ready: called once with the service's URL; not called where the start was given up.
     Raises:
         StoreError: the data directory is in use by another service, or its database is newer than
             this code.
         ChildError: a part of the service could not be started; the message has the end of its log.
     """
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: asked.append(number))
-    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Until there are processes to end, it just ends; SIGINT is a KeyboardInterrupt by itself.
+    signal.signal(signal.SIGTERM, _end)
     with (
         lock_data_dir(settings.data_dir),
         tempfile.TemporaryDirectory(prefix="outcrop-") as sockets,
@@ -65,10 +68,12 @@ def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
         migrate(engine, settings.data_dir / "backups")
         bootstrap(engine, settings)
         service = _Service(settings, engine, Path(sockets))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: asked.append(number))
         try:
-            service.start()
-            on_ready(service.url)
-            service.supervisor.run(lambda: bool(asked) or service.look())
+            if service.start(give_up=lambda: bool(asked)):
+                on_ready(service.url)
+                service.supervisor.run(lambda: bool(asked) or service.look())
         finally:
             service.stop()
             engine.dispose()
@@ -80,9 +85,7 @@ class _Service:
 
     def __init__(self, settings: Settings, engine: Engine, sockets: Path) -> None:
         self.settings, self.engine, self.sockets = settings, engine, sockets
-        self.supervisor = Supervisor(
-            on_ready=self._on_ready, on_exit=self._on_exit, on_failing=self._on_failing
-        )
+        self.supervisor = Supervisor(on_ready=self._on_ready, on_exit=self._on_exit)
         self.url = ""
         # Several machines may share a database; a worker is known by its machine.
         self.worker = f"{WORKER}@{socket.gethostname()}"
@@ -90,8 +93,12 @@ class _Service:
         self._clean_at = time.monotonic() + FIRST_CLEANING_SECONDS
         self._number = 0
 
-    def start(self) -> None:
-        """Start everything but the model servers, and wait until all of it answers."""
+    def start(self, give_up: Callable[[], bool]) -> bool:
+        """Start everything but the model servers; returns whether all of it answers.
+
+        Args:
+            give_up: whether not to wait any longer.
+        """
         with transaction(self.engine) as connection:
             # This process holds the lock, so no worker or model server of an earlier one can live.
             jobs.release_worker(connection, self.worker)
@@ -102,7 +109,7 @@ class _Service:
         after = (STORE,) if embedded_store else ()
         self.supervisor.add(self._part(GATEWAY, ready=READY_LINE, after=after))
         self.supervisor.add(self._part(WORKER, "--name", self.worker))
-        self.supervisor.wait_ready(timeout=START_SECONDS)
+        return self.supervisor.wait_ready(timeout=START_SECONDS, give_up=give_up)
 
     def stop(self) -> None:
         """End all processes; running jobs go back to the queue."""
@@ -118,7 +125,7 @@ class _Service:
         self._looked_at = now
         try:
             self._look()
-        except OperationalError:  # a full disk or a database that is away: the service lives
+        except SQLAlchemyError:  # a full disk or a database that is away: the service lives
             logger.exception("the database does not answer; trying again")
         return False
 
@@ -234,13 +241,14 @@ class _Service:
             try:
                 with transaction(self.engine) as connection:
                     released = jobs.release_worker(connection, self.worker)
-            except OperationalError:  # its leases run out by themselves
+            except SQLAlchemyError:  # its leases run out by themselves
                 logger.exception("the jobs of the ended worker could not be released")
             else:
                 logger.info("%d job(s) of the ended worker go back to the queue", released)
 
-    def _on_failing(self, status: ChildStatus, log_tail: str) -> None:
-        logger.error("%s keeps ending; the end of its log:\n%s", status.name, log_tail)
+
+def _end(number: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
 
 
 def _server_name(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a running part of the service can be reached, for processes that did not start it.
+"""Where a running part of the service can be reached, also by processes that did not start it.
 
 One small file a part in `<data_dir>/run/`, with the process id beside the URL, so that a file
 left behind by a killed process is not taken for a running one.
@@ -10,6 +10,15 @@ import contextlib
 import json
 import os
 from pathlib import Path
+
+_THIS_MACHINE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Who listens everywhere is reached here."""
+
+
+def reachable_url(host: str, port: int) -> str:
+    """Return the URL at which this machine reaches a listener on `host`, an address or a name."""
+    host = _THIS_MACHINE.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def address_file(data_dir: Path, part: str) -> Path:

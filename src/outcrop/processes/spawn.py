@@ -191,17 +191,16 @@ def spawn(spec: ChildSpec, *, way: str | None = None) -> Child:
     inherited: list[int] = []
     ready_read: int | None = None
     ready_write: int | None = None
-    if spec.ready == READY_LINE:
-        ready_read, ready_write = os.pipe()
-        environment[READY_VARIABLE] = str(ready_write)
-        inherited.append(ready_write)
     pipe = -1
-    if way == launch.PIPE:
-        pipe = _lifeline()
-        inherited.append(pipe)
-
     log = _open_log(spec)
     try:
+        if spec.ready == READY_LINE:
+            ready_read, ready_write = os.pipe()
+            environment[READY_VARIABLE] = str(ready_write)
+            inherited.append(ready_write)
+        if way == launch.PIPE:
+            pipe = _lifeline()
+            inherited.append(pipe)
         process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", launch.__file__),

@@ -98,18 +98,15 @@ class Supervisor:
         *,
         on_ready: Callable[[ChildStatus], None] | None = None,
         on_exit: Callable[[ChildStatus], None] | None = None,
-        on_failing: Callable[[ChildStatus, str], None] | None = None,
     ) -> None:
         """
         Args:
             on_ready: called each time a child has become ready.
             on_exit: called each time a child's process has ended, asked for or not.
-            on_failing: called when a child enters a crash loop, with the end of its log.
         """
         self._entries: dict[str, _Entry] = {}
         self._on_ready = on_ready
         self._on_exit = on_exit
-        self._on_failing = on_failing
 
     def add(
         self, spec: ChildSpec, *, refresh: Callable[[ChildSpec], ChildSpec] | None = None
@@ -195,22 +192,37 @@ class Supervisor:
             pause = self._pause()
             time.sleep(pause if deadline is None else min(pause, deadline - now))
 
-    def wait_ready(self, names: Iterable[str] | None = None, timeout: float = 60.0) -> None:
-        """Tick until these children are ready (None: all of them).
+    def wait_ready(
+        self,
+        names: Iterable[str] | None = None,
+        timeout: float = 60.0,
+        *,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Tick until these children are ready (None: all of them); returns whether they are.
 
+        Args:
+            give_up: asked after every tick; the wait ends, and False is returned, where it holds.
         Raises:
             ChildError: one ended for good, is in a crash loop, or was not ready in time.
         """
         wanted = list(self._entries) if names is None else list(names)
         failed: list[str] = []
+        given_up = False
 
         def settled() -> bool:
+            nonlocal given_up
+            given_up = give_up()
             failed[:] = [name for name in wanted if self._cannot_become_ready(name)]
-            return bool(failed) or all(
-                self._entries[name].state is ChildState.READY for name in wanted
+            return (
+                given_up
+                or bool(failed)
+                or all(self._entries[name].state is ChildState.READY for name in wanted)
             )
 
         in_time = self.run(settled, timeout)
+        if given_up:
+            return False
         if failed:
             raise ChildError(self._explain(failed[0], "cannot be started"))
         if not in_time:
@@ -218,6 +230,7 @@ class Supervisor:
                 name for name in wanted if self._entries[name].state is not ChildState.READY
             )
             raise ChildError(self._explain(late, f"was not ready within {timeout:g} s"))
+        return True
 
     def stop_all(self, seconds: float = 10.0) -> None:
         """End all children and forget them; those that come after others end before them.
@@ -304,7 +317,6 @@ class Supervisor:
         was_steady = (
             entry.state is ChildState.READY and time.monotonic() >= entry.ready_at + STEADY_SECONDS
         )
-        tail = log_tail(entry.spec.log_file)
         entry.child = None
         entry.exit_code = code
         if asked:
@@ -323,13 +335,12 @@ class Supervisor:
                 log.warning("%s starts again in %g s", name, pause)
         else:
             entry.state = ChildState.ENDED
-        status = _status(entry)
         if self._on_exit is not None:
-            self._on_exit(status)
+            self._on_exit(_status(entry))
         if not asked and entry.spec.restart and entry.num_failures == CRASH_LOOP_FAILURES:
-            log.error("%s keeps ending; the end of its log:\n%s", name, tail)
-            if self._on_failing is not None:
-                self._on_failing(status, tail)
+            log.error(
+                "%s keeps ending; the end of its log:\n%s", name, log_tail(entry.spec.log_file)
+            )
 
     def _tell_to_end(self, entry: _Entry, stop_seconds: float | None = None) -> None:
         assert entry.child is not None

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -322,3 +323,23 @@ def test_bounded_log_keeps_the_newest_bytes(tmp_path: Path) -> None:
     log.write_bytes(b"abc")
     bound_log(log, 3)
     assert log.read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("fails_at", ["log", "program"])
+def test_a_start_that_fails_leaves_no_descriptor_open(
+    tmp_path: Path, way: str, fails_at: str
+) -> None:
+    log = tmp_path / "logs" / "child.log"
+    spec = ChildSpec("child", (sys.executable,), log, ready=READY_LINE)
+    if fails_at == "log":
+        log.parent.touch()  # a file, where the folder of the log has to be
+    else:
+        spec = replace(spec, working_directory=tmp_path / "absent")
+    for _ in range(2):  # the second time, what is opened once for all is open
+        first_free = os.dup(0)
+        os.close(first_free)
+        with pytest.raises(OSError, match=r"logs|absent"):
+            spawn(spec, way=way)
+    found = os.dup(0)
+    os.close(found)
+    assert found == first_free

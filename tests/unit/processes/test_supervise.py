@@ -37,11 +37,9 @@ class Watched:
     def __init__(self) -> None:
         self.ready: list[ChildStatus] = []
         self.exits: list[ChildStatus] = []
-        self.failing: list[tuple[ChildStatus, str]] = []
         self.supervisor = Supervisor(
             on_ready=self.ready.append,
             on_exit=self.exits.append,
-            on_failing=lambda status, tail: self.failing.append((status, tail)),
         )
 
     def pid(self, name: str) -> int:
@@ -117,20 +115,21 @@ def test_killed_child_is_started_again_at_once(watched: Watched, spec: Spec) -> 
     assert watched.exits[0].num_failures == 1
 
 
-def test_crash_loop_is_slowed_and_reported(watched: Watched, spec: Spec) -> None:
+def test_crash_loop_is_slowed_and_reported_once(
+    watched: Watched, spec: Spec, caplog: pytest.LogCaptureFixture
+) -> None:
     watched.supervisor.add(spec("worker", ENDS))
     began = time.monotonic()
 
-    assert watched.supervisor.run(lambda: bool(watched.failing), timeout=30)
+    assert watched.supervisor.run(lambda: len(watched.exits) == CRASH_LOOP_FAILURES, timeout=30)
 
     # The first start again is at once, the next two after 0.5 s and 1 s.
     assert time.monotonic() - began >= 1.5
-    status, tail = watched.failing[0]
-    assert status.name == "worker"
-    assert status.exit_code == 7
-    assert status.failing
-    assert "it broke" in tail
-    assert len(watched.exits) == CRASH_LOOP_FAILURES
+    assert [status.failing for status in watched.exits] == [False, False, False, True]
+    assert watched.exits[-1].exit_code == 7
+    told = [line for line in caplog.messages if line.startswith("worker keeps ending")]
+    assert len(told) == 1
+    assert "it broke" in told[0]
 
 
 def test_wait_for_a_crash_loop_ends_with_its_reason(watched: Watched, spec: Spec) -> None:
@@ -148,6 +147,13 @@ def test_child_that_may_not_restart_ends_the_wait_at_once(watched: Watched, spec
     status = watched.supervisor.status("server")
     assert status is not None
     assert status.state is ChildState.ENDED
+
+
+def test_wait_that_is_given_up_ends_at_once(watched: Watched, spec: Spec) -> None:
+    watched.supervisor.add(spec("gateway", ready=READY_LINE))
+    asked = iter([False, True])
+
+    assert not watched.supervisor.wait_ready(timeout=30, give_up=lambda: next(asked))
 
 
 def test_wait_ends_when_a_child_is_late(watched: Watched, spec: Spec) -> None:

@@ -1,0 +1,68 @@
+"""The service outlives a database that is away, and a start can be given up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from outcrop.cli.serve import WORKER, _Service
+from outcrop.processes.supervise import ChildState, ChildStatus
+from outcrop.settings import Settings
+
+
+def failing(error: Exception) -> sa.Engine:
+    """An engine that never gets a connection."""
+
+    def connect() -> sqlite3.Connection:
+        raise error
+
+    return sa.create_engine("sqlite://", creator=connect)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("the disk is full"),
+        sqlite3.InterfaceError("the connection is closed"),
+        sa.exc.TimeoutError("no connection came free"),
+    ],
+    ids=["operational", "interface", "pool"],
+)
+def test_a_database_that_is_away_does_not_end_the_service(
+    error: Exception, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = _Service(Settings(data_dir=data_dir), failing(error), data_dir)
+    assert not service.look()
+    assert "the database does not answer" in caplog.text
+    service._on_exit(ChildStatus(WORKER, ChildState.WAITING, None, -9, 1, ""))
+    assert "could not be released" in caplog.text
+
+
+def test_a_start_that_is_given_up_ends_at_once(data_dir: Path) -> None:
+    environment = {name: text for name, text in os.environ.items() if "OUTCROP" not in name}
+    environment |= {
+        # An address of nobody (RFC 5737), so that the gateway is never ready; no object store.
+        "OUTCROP_HOST": "192.0.2.1",
+        "OUTCROP_S3_ENDPOINT_URL": "http://127.0.0.1:1",
+        "OUTCROP_S3_ACCESS_KEY_ID": "key",
+        "OUTCROP_S3_SECRET_ACCESS_KEY": "secret",
+    }
+    command = (sys.executable, "-m", "outcrop", "serve", "--data-dir", str(data_dir))
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "gateway started" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "")
+    assert "cannot be started" not in err
