@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import socket
@@ -25,11 +26,12 @@ from outcrop.api import handlers
 from outcrop.api.context import Services
 from outcrop.api.s3 import s3_request
 from outcrop.api.s3_actions import OWN_PATHS
-from outcrop.errors import ApiError
+from outcrop.errors import ApiError, SettingsError
 from outcrop.identity.bootstrap import page_key
 from outcrop.ids import new_request_id
 from outcrop.models.catalog import load_catalog
 from outcrop.objects.client import backend, object_store
+from outcrop.processes.address import reachable_url
 from outcrop.settings import Settings
 from outcrop.store.database import connect
 from outcrop.wire import serialize, sigv4
@@ -137,14 +139,28 @@ def _response(reply: serialize.HttpReply) -> Response:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Bind the gateway's port, so that port 0 is known before the first request."""
+    """Bind the gateway's port, so that port 0 is known before the first request.
+
+    Raises:
+        SettingsError: the port is in use, or host and port cannot be listened on.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # Named as TCP, because asyncio sets TCP_NODELAY only then; without it an answer waits 40 ms
-    # for the
-    # client's delayed acknowledgement.
+    # for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((settings.host, settings.port))
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(
+                f"port {settings.port} is in use; choose another with --port."
+            ) from error
+        raise SettingsError(
+            f"port {settings.port} of {settings.host} cannot be listened on: {error.strerror}. "
+            "Choose others with --host and --port."
+        ) from error
     return listener
 
 
@@ -153,10 +169,11 @@ def run_gateway(settings: Settings, on_ready: Callable[[str], None]) -> None:
 
     Args:
         on_ready: called with the URL once requests are answered.
+    Raises:
+        SettingsError: as `listen`.
     """
     listener = listen(settings)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = reachable_url(*listener.getsockname()[:2])
     config = uvicorn.Config(
         create_app(settings),
         log_config=None,

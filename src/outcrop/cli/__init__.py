@@ -23,14 +23,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except OutcropError as error:
-        print(f"outcrop: {error}", file=sys.stderr)
+        print(f"outcrop: {error}", file=sys.stderr)  # the end of a log has lines of its own
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, had enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Exception as error:
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, SQLAlchemyError):
+            raise
+        reason = getattr(error, "orig", None) or error
+        return _fail(
+            f"the database cannot be used: {reason}. Check --data-dir and the setting "
+            "database_url; `outcrop serve` makes the database."
+        )
     return code
+
+
+def _fail(message: str) -> int:
+    print(f"outcrop: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_ERROR
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,12 +60,17 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"outcrop {__version__}")
     subcommands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        default=argparse.SUPPRESS,  # a verb that is not given one leaves its command's alone
+        help="the directory that holds everything",
+    )
 
     def add(name: str, run: object, help: str) -> argparse.ArgumentParser:
-        command = subcommands.add_parser(name, help=help, description=help)
-        command.add_argument(
-            "--data-dir", type=Path, metavar="DIR", help="the directory that holds everything"
-        )
+        command = subcommands.add_parser(name, help=help, description=help, parents=[common])
         command.set_defaults(run=run)
         return command
 
@@ -76,9 +98,13 @@ def parser() -> argparse.ArgumentParser:
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     models = add("models", commands.models, "Show the base models, or add one.")
     verbs = models.add_subparsers(dest="verb", metavar="VERB")
-    show = verbs.add_parser("show", help="full name, licence, digest and origin of a base model")
+    show = verbs.add_parser(
+        "show", help="full name, licence, digest and origin of a base model", parents=[common]
+    )
     show.add_argument("model", nargs="?", help="a model id; all of them without it")
-    added = verbs.add_parser("add", help="offer a Hugging Face folder as a base model")
+    added = verbs.add_parser(
+        "add", help="offer a Hugging Face folder as a base model", parents=[common]
+    )
     added.add_argument("path", type=Path, help="folder with safetensors, config and tokenizer")
     added.add_argument("--as", dest="model_id", required=True, metavar="ID", help="its model id")
     added.add_argument("--license", required=True, help="licence of the weights, as SPDX names it")

@@ -8,11 +8,25 @@ import logging
 import sys
 from typing import Any
 
+from outcrop.errors import SettingsError
 from outcrop.settings import Settings, describe_settings, load_settings
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     return load_settings(overrides=_overrides(options))
+
+
+def _settings_and_data_dir(options: argparse.Namespace) -> Settings:
+    """Read the settings and make their data directory, where it is not there yet."""
+    settings = _settings(options)
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SettingsError(
+            f"The data directory {settings.data_dir} cannot be made: {error.strerror}. "
+            "Choose another with --data-dir."
+        ) from error
+    return settings
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -35,7 +49,9 @@ def serve(options: argparse.Namespace) -> int:
     from outcrop.cli.serve import run_service
 
     _log_to_stderr()
-    return run_service(_settings(options), lambda url: print(f"ready {url}", flush=True))
+    return run_service(
+        _settings_and_data_dir(options), lambda url: print(f"ready {url}", flush=True)
+    )
 
 
 def gateway(options: argparse.Namespace) -> int:
@@ -77,7 +93,7 @@ def env(options: argparse.Namespace) -> int:
     from outcrop.cli.env import client_variables, service_url, write_shell
     from outcrop.identity.bootstrap import load_or_make_credentials
 
-    settings = _settings(options)
+    settings = _settings_and_data_dir(options)
     url = service_url(settings, options.port)
     credentials = load_or_make_credentials(settings)
     print(write_shell(client_variables(url, credentials, settings.region), options.shell))

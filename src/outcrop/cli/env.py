@@ -7,12 +7,14 @@ import shlex
 from urllib.parse import urlsplit
 
 from outcrop.identity.bootstrap import Credentials
-from outcrop.processes.address import read_address
+from outcrop.processes.address import reachable_url, read_address
 from outcrop.settings import Settings
 
 UNSET = (
     "AWS_SESSION_TOKEN",
+    "AWS_SECURITY_TOKEN",
     "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
     "AWS_BEARER_TOKEN_BEDROCK",
     "AWS_ENDPOINT_URL_S3",
     "AWS_ENDPOINT_URL_STS",
@@ -27,14 +29,11 @@ Variables = dict[str, str | None]
 
 
 def service_url(settings: Settings, port: int | None) -> str:
-    """Return the service's URL: the given port's, else the running service's, else the
-    default's.
-    """
+    """Return the service's URL: of the given port, else as it runs now, else as it is set."""
     running = read_address(settings.data_dir, "gateway")
     if port is None and running is not None:
         return running
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
-    return f"http://{host}:{settings.port if port is None else port}"
+    return reachable_url(settings.host, settings.port if port is None else port)
 
 
 def client_variables(url: str, credentials: Credentials, region: str) -> Variables:

@@ -79,3 +79,17 @@ def test_the_address_of_a_killed_service_is_not_taken_for_a_running_one(data_dir
     ended.wait()
     write_address(data_dir, "gateway", "http://127.0.0.1:41234", ended.pid)
     assert service_url(Settings(data_dir=data_dir), None) == "http://127.0.0.1:7070"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:7070"),
+        ("::", "http://[::1]:7070"),
+        ("::1", "http://[::1]:7070"),
+        ("192.0.2.7", "http://192.0.2.7:7070"),
+        ("localhost", "http://localhost:7070"),
+    ],
+)
+def test_the_url_is_one_that_this_machine_reaches(data_dir: Path, host: str, url: str) -> None:
+    assert service_url(Settings(data_dir=data_dir, host=host), None) == url
