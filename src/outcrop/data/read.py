@@ -11,6 +11,7 @@ Source of the messages' first sentences: Bedrock user guide, "Troubleshoot model
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -119,8 +120,8 @@ class _DuplicateKey(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKey(next(name for name in names if names.count(name) > 1))
+        count = Counter(name for name, _ in pairs)
+        raise _DuplicateKey(next(name for name in count if count[name] > 1))
     return value
 
 

@@ -123,6 +123,11 @@ def train(
 
     def evaluate(epoch: int) -> None:
         likelihood = evaluate_likelihood(model, validation, should_stop=should_stop)
+        if not math.isfinite(likelihood.loss):
+            raise NonFiniteLossError(
+                f"Step {run.steps}: the validation loss became {likelihood.loss}. "
+                f"{NOT_FINITE_ADVICE}"
+            )
         row = ValidationRow(run.steps, epoch, likelihood.loss, likelihood.perplexity)
         on_validation(row)
         watch.see(row.validation_loss)

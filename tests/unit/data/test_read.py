@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ def test_lines_keep_their_numbers_over_blank_ones() -> None:
 
 def test_a_byte_order_mark_and_windows_line_ends_are_let_pass() -> None:
     assert read(b'\xef\xbb\xbf{"a": "x"}\r\n{"b": "y"}\r\n') == [(1, {"a": "x"}), (2, {"b": "y"})]
+
+
+def test_search_for_a_key_that_stands_twice_takes_no_longer_than_reading() -> None:
+    names = [*(str(number) for number in range(30_000)), "29999"]
+    line = ("{" + ", ".join(f'"{name}": 1' for name in names) + "}").encode()
+    began = time.process_time()
+    assert refusal(line).code == "duplicate_key"
+    assert time.process_time() - began < 3
 
 
 def test_unicode_line_separators_do_not_end_a_line() -> None:

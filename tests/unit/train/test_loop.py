@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
-from tests.assets.tiny_model import tiny_model, write_tiny_model
+from tests.assets.tiny_model import VOCABULARY, tiny_model, write_tiny_model
 
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
@@ -197,6 +197,30 @@ def test_loss_that_is_not_finite_is_refused_with_its_step(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(NonFiniteLossError, match="Step 0: the training loss became nan"):
         train(PLAN, tmp_path / "broken", TRAINING, [], tmp_path / "output", threads=1)
+
+
+def test_validation_loss_that_is_not_finite_is_refused_with_its_step(tmp_path: Path) -> None:
+    """One word that only a validation record uses is broken: training itself goes well."""
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[VOCABULARY - 1] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    validation = [*VALIDATION, Example([VOCABULARY - 1, 4, 5], [False, True, True])]
+    rows: list[ValidationRow] = []
+    with pytest.raises(
+        NonFiniteLossError, match=r"Step 0: the validation loss became nan\. Nothing was published"
+    ):
+        train(
+            PLAN,
+            tmp_path / "broken",
+            TRAINING,
+            validation,
+            tmp_path / "output",
+            on_validation=rows.append,
+            threads=1,
+        )
+    assert rows == []
+    assert not (tmp_path / "output").exists()
 
 
 def test_early_stopping_ends_a_run_that_no_longer_improves(folder: Path, tmp_path: Path) -> None:
