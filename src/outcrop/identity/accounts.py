@@ -1,8 +1,7 @@
 """Users, access keys, roles and their policies of one account: make, change and remove them.
 
-Checks names and documents before a row is written; the store's own rules (foreign keys, unique
-keys) do the rest. There is no API for these yet: the first start, the tests and the command line
-call them.
+Checks names and documents before a row is written. Nothing in the database checks that a row's
+owner exists, so it is looked up before. There is no API for these yet: the first start calls them.
 Source: names as IAM allows them (IAM API Reference, CreateUser and CreateRole).
 """
 

@@ -7,7 +7,7 @@ Source: the texts follow the IAM User Guide, "Troubleshoot access denied error m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from sqlalchemy import Connection
 
@@ -31,25 +31,22 @@ def authorize(
     principal: Principal,
     action: str,
     resource: str,
-    context: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse unless the principal's policies allow the action on the resource.
 
     Args:
         action: `service:Operation`, as in `bedrock:GetModelCustomizationJob`.
         resource: the ARN of what is acted on.
-        context: keys for conditions; see `policy.decide`.
     Raises:
         AccessDeniedException: an explicit deny applies, or nothing allows it.
     """
-    authorize_all(connection, principal, [(action, resource)], context)
+    authorize_all(connection, principal, [(action, resource)])
 
 
 def authorize_all(
     connection: Connection,
     principal: Principal,
     wanted: Iterable[tuple[str, str]],
-    context: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse unless every one of the (action, resource) pairs is allowed; reads the policies once.
 
@@ -58,7 +55,7 @@ def authorize_all(
     """
     policies = load_policies(connection, principal)
     for action, resource in wanted:
-        decision = decide(policies, action, resource, context)
+        decision = decide(policies, action, resource)
         if decision != "Allow":
             reason = (
                 "with an explicit deny in an identity-based policy"

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import secrets
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from outcrop.errors import SettingsError
 from outcrop.settings import Settings
+from outcrop.store.files import sync, write_private
 
 OWNER = "owner"
 """Name of the user that the first start makes."""
@@ -100,21 +99,5 @@ def _create(path: Path, content: bytes) -> bool:
     path.parent.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.parent.mkdir(exist_ok=True, mode=0o700)
     path.parent.chmod(0o700)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(name, path)
-        except FileExistsError:
-            return False
-    finally:
-        Path(name).unlink()
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return True
+    sync(path.parent.parent)
+    return write_private(path, content)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -94,7 +94,6 @@ def decide(
     policies: Iterable[Policy],
     action: str,
     resource: str,
-    context: Mapping[str, str] | None = None,
 ) -> Decision:
     """Decide as IAM does: one Deny that applies wins, else one Allow is needed.
 
@@ -102,7 +101,6 @@ def decide(
         policies: compiled policies, all of which belong to the caller.
         action: `service:Operation`, compared without regard to case.
         resource: an ARN, compared as it is.
-        context: keys for conditions. No accepted document has a condition, so it is not read yet.
     """
     lowered = action.lower()
     allowed = False

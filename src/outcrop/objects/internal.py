@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from outcrop.errors import ObjectStoreError
+from outcrop.store.files import sync, write_private
 
 _CERTIFICATE_DAYS = 3650
 # Every section of security.toml that has a certificate, whether this set-up runs that part or not.
@@ -96,7 +96,9 @@ def make_internal_keys(data_dir: Path) -> InternalKeys:
             secret_access_key=secrets.token_hex(32),
             sse_key=secrets.token_hex(32),
         )
-        _write_private(file, json.dumps(asdict(keys), indent=1).encode() + b"\n")
+        for parent in (folder.parent, data_dir):  # a power cut may not take their names either
+            sync(parent)
+        write_private(file, json.dumps(asdict(keys), indent=1).encode() + b"\n")
     return read_internal_keys(data_dir)
 
 
@@ -110,10 +112,13 @@ def write_start_files(data_dir: Path, keys: InternalKeys) -> None:
         ],
         "actions": ["Admin"],
     }
-    _write_private(folder / "s3.json", json.dumps({"identities": [identity]}).encode())
-    for name, content in _certificates().items():
-        _write_private(folder / name, content)
-    _write_private(folder / "security.toml", _security_toml(folder, keys).encode())
+    files = {
+        "s3.json": json.dumps({"identities": [identity]}).encode(),
+        **_certificates(),
+        "security.toml": _security_toml(folder, keys).encode(),
+    }
+    for name, content in files.items():
+        write_private(folder / name, content, replace=True)
 
 
 def _security_toml(folder: Path, keys: InternalKeys) -> str:
@@ -177,15 +182,3 @@ def _certificates() -> dict[str, bytes]:
         certificates[file] = certificate.public_bytes(Encoding.PEM)
     certificates["weed.key"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return certificates
-
-
-def _write_private(file: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all, kept over a power loss."""
-    new = file.with_name(f".{file.name}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(file)
