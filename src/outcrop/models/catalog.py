@@ -20,7 +20,7 @@ from outcrop.ids import parse_arn
 from outcrop.models.operator import OperatorEntry, operator_entries
 from outcrop.settings import Settings
 
-METHODS = ("adapter", "full")
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WEIGHTS_FILE = "weights.toml"
 _FACTORS_FILE = "learning_rate_factors.toml"
 
@@ -64,21 +64,20 @@ class RecordQuota:
 
 
 @dataclass(frozen=True)
-class LoraDefaults:
-    """The shape of an adapter where the user does not say; Bedrock has no parameter for it."""
+class LoraConfig:
+    """Shape and reach of an adapter; Bedrock has no parameter for it, so a job has the defaults."""
 
     rank: int = 16
+    """Width of the change, at least 1."""
     alpha: float = 32.0
-    targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
-    """Last part of the names of the linear layers that are adapted: all of them."""
+    """The change is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ALL_LINEARS
+    """Last part of the names of the linear layers that are adapted."""
+
+    @property
+    def scaling(self) -> float:
+        """What the product of A and B is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class BaseModel:
     """What learningRateMultiplier multiplies; None where the family has learningRate."""
     learning_rate_factor: Mapping[str, float]
     """Method ("adapter", "full") -> what turns the user's learning rate into the optimizer's."""
-    lora: LoraDefaults = field(default_factory=LoraDefaults)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sources: tuple[str, ...] = ()
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 
 from outcrop.errors import ModelError
 from outcrop.models.catalog import BaseModel, families, load_catalog, shipped_models
+from outcrop.models.files import read_json
 from outcrop.models.operator import (
     catalog_folder,
     check_folder,
@@ -95,7 +96,7 @@ def add_model(
         )
     files = check_folder(folder)
     tokenizer = Tokenizer(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     if tokenizer.vocab_size > config["vocab_size"]:
         raise ModelError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model "
@@ -111,7 +112,7 @@ def add_model(
         "license": license,
         "quantization": f"as in the folder ({config.get('torch_dtype') or config.get('dtype')})",
         "origin": "a folder of the operator",
-        "context_tokens": int(config["max_position_embeddings"]),
+        "context_tokens": config["max_position_embeddings"],
         "weights": {
             "key": f"folder-{digest[:16]}",
             "folder": str(folder),

@@ -31,28 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from outcrop.errors import ModelError
+from outcrop.models.catalog import ALL_LINEARS as ALL_LINEARS
+from outcrop.models.catalog import LoraConfig as LoraConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TENSOR_PREFIX = "base_model.model."
-ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Shape and reach of an adapter."""
-
-    rank: int = 16
-    """Width of the change, at least 1."""
-    alpha: float = 32.0
-    """The change is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = ALL_LINEARS
-    """Last part of the names of the linear layers that are adapted."""
-
-    @property
-    def scaling(self) -> float:
-        """What the product of A and B is multiplied by."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -202,12 +186,6 @@ def adapter_of(model: nn.Module, config: LoraConfig) -> Adapter:
         if layer.lora_a is not None and layer.lora_b is not None:
             tensors[name] = (_on_cpu(layer.lora_a), _on_cpu(layer.lora_b))
     return Adapter(config, tensors)
-
-
-def detach(model: nn.Module) -> None:
-    """Take every adapter layer out again; the model is the base, with its own layers."""
-    for name, layer in _lora_layers(model).items():
-        _replace(model, name, layer.linear)
 
 
 def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:

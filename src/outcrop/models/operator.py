@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outcrop.errors import ModelError
+from outcrop.models.files import read_json
 from outcrop.settings import Settings
 
 KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -24,6 +25,9 @@ KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausal
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MAX_HEADER_BYTES = 100_000_000
 """Source: the safetensors format's own limit."""
+NEEDED_NUMBERS = ("vocab_size", "max_position_embeddings")
+"""Keys of config.json that a model is described by."""
+_REMEDY = "Put it back, or add the folder again."
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,15 @@ class OperatorEntry:
         """
         for name, size in self._weights.get("files", {}).items():
             file = self.folder / name
-            found = file.stat().st_size if file.is_file() else None
+            if not file.is_file():
+                raise ModelError(
+                    f"{file} is gone; it had {size} bytes when the model was added. {_REMEDY}"
+                )
+            found = file.stat().st_size
             if found != size:
                 raise ModelError(
                     f"{file} has {found} bytes now and had {size} when the model was added. "
-                    "Put it back, or add the folder again."
+                    f"{_REMEDY}"
                 )
 
 
@@ -116,7 +124,7 @@ def check_folder(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder.")
-    config = _read_config(folder / "config.json")
+    config = read_json(folder / "config.json")
     _refuse_code(folder, config)
     architectures = config.get("architectures") or ["none"]
     if architectures[0] not in KNOWN_ARCHITECTURES:
@@ -124,6 +132,9 @@ def check_folder(folder: Path) -> list[Path]:
             f"{folder / 'config.json'} names the architecture {architectures[0]}. "
             f"Known are {', '.join(KNOWN_ARCHITECTURES)}."
         )
+    for name in NEEDED_NUMBERS:
+        if not isinstance(config.get(name), int):
+            raise ModelError(f"{folder / 'config.json'} has no whole number {name}.")
     if "quantization_config" in config:
         raise ModelError(
             f"The weights in {folder} are quantized. Add the unquantized ones: float32, float16 or "
@@ -131,7 +142,7 @@ def check_folder(folder: Path) -> list[Path]:
         )
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder} has no tokenizer.json.")
-    _read_config(folder / "tokenizer_config.json")
+    read_json(folder / "tokenizer_config.json")
     return _weight_files(folder)
 
 
@@ -157,7 +168,7 @@ def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
         )
     code = [name for name in names if name.endswith(".py")]
     tokenizer = folder / "tokenizer_config.json"
-    mapped = "auto_map" in config or (tokenizer.is_file() and "auto_map" in _read_config(tokenizer))
+    mapped = "auto_map" in config or (tokenizer.is_file() and "auto_map" in read_json(tokenizer))
     if code or mapped:
         shown = ", ".join(code) or "auto_map in its configuration"
         raise ModelError(f"{folder} brings code of its own ({shown}), which is never run here.")
@@ -166,7 +177,7 @@ def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(_read_config(index).get("weight_map", {}).values())
+        named = set(read_json(index).get("weight_map", {}).values())
         files = sorted(folder / name for name in named)
     else:
         files = [folder / "model.safetensors"]
@@ -195,15 +206,3 @@ def _check_safetensors(file: Path) -> None:
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
         raise ModelError(f"{file} has {size} bytes where its header says {wanted}: it is damaged.")
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} is not a JSON object.")
-    return value

@@ -18,6 +18,7 @@ from typing import Any
 import tokenizers
 
 from outcrop.errors import ModelError
+from outcrop.models.files import read_json
 
 REPLACEMENT = "�"
 """What an unfinished or invalid UTF-8 sequence is decoded to."""
@@ -38,8 +39,9 @@ class Tokenizer:
         Raises:
             ModelError: tokenizer.json or tokenizer_config.json is missing or cannot be read.
         """
-        self._config = _read_json(folder / "tokenizer_config.json", required=False)
-        description = _read_json(folder / "tokenizer.json", required=True)
+        config = folder / "tokenizer_config.json"
+        self._config = read_json(config) if config.is_file() else {}
+        description = read_json(folder / "tokenizer.json")
         # Neither may cut or fill up what it is given: lengths are counted here.
         description["truncation"] = description["padding"] = None
         added = description.get("added_tokens") or []
@@ -152,20 +154,6 @@ class IncrementalDecoder:
         if count:
             self._before, self._held = self._held[:count], self._held[count:]
         return text
-
-
-def _read_json(file: Path, *, required: bool) -> dict[str, Any]:
-    if not required and not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} is not a JSON object.")
-    return value
 
 
 def _without_control(description: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from outcrop.errors import ModelError
+from outcrop.models.files import read_json
 from outcrop.models.operator import operator_entry
 from outcrop.settings import Settings
+from outcrop.store.files import sync, sync_tree
 
 SHIPPED_KEY = "smollm2-135m-instruct"
 """The weights that come with the service."""
@@ -83,7 +85,7 @@ def convert_shipped(folder: Path) -> None:
         try:
             _convert(source, being_made)
             being_made.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(being_made, ignore_errors=True)
 
@@ -94,11 +96,7 @@ def weights_record(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: the folder has no such record or it cannot be read.
     """
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / RECORD_FILE} cannot be read: {error}") from error
-    return dict(record)
+    return read_json(folder / RECORD_FILE)
 
 
 def shipped_gguf() -> Path:
@@ -142,11 +140,8 @@ def _convert(source: Path, folder: Path) -> None:
         },
         "converterVersion": CONVERTER_VERSION,
     }
-    for file in folder.iterdir():
-        _sync(file)
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _sync(folder / RECORD_FILE)
-    _sync(folder)
+    sync_tree(folder)
 
 
 def file_digest(file: Path) -> str:
@@ -161,12 +156,3 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder to the disk, so that a power cut cannot leave an empty file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import pytest
 from outcrop.data.formats import CLAUDE_MESSAGES, CONVERSATION, PROMPT_COMPLETION
 from outcrop.errors import ModelError
 from outcrop.ids import custom_model_arn, customization_job_arn, foundation_model_arn
-from outcrop.models.catalog import METHODS, BaseModel, load_catalog, shipped_models
+from outcrop.models.catalog import BaseModel, load_catalog, shipped_models
 from outcrop.models.operator import KNOWN_ARCHITECTURES, catalog_folder
 from outcrop.models.weights import SHIPPED_KEY
 from outcrop.settings import Settings
@@ -127,7 +127,7 @@ def test_what_can_be_fine_tuned_has_all_that_this_takes(base: BaseModel) -> None
         assert base.hyper_parameters == ()
         return
     assert base.data_formats
-    assert set(base.learning_rate_factor) == set(METHODS)
+    assert set(base.learning_rate_factor) == {"adapter", "full"}
     rows = {row.name: row for row in base.hyper_parameters}
     assert "epochCount" in rows
     assert ("learningRate" in rows) != ("learningRateMultiplier" in rows)

@@ -94,7 +94,10 @@ def test_the_shipped_model_is_described_before_and_after_its_conversion(settings
 def test_a_folder_that_changed_is_not_used(settings: Settings, folder: Path) -> None:
     base = add_model(settings, folder, MODEL_ID, license="mit")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors has None bytes now and had"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is gone; it had \d+ bytes when"):
+        ensure_weights(settings, base.weights)
+    (folder / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ModelError, match=r"model\.safetensors has 5 bytes now and had \d+ when"):
         ensure_weights(settings, base.weights)
 
 
@@ -143,6 +146,8 @@ def _cut(folder: Path) -> None:
         (_config(quantization_config={}), "are quantized"),
         (_config(auto_map={"AutoModel": "x.y"}), "code of its own"),
         (_config(vocab_size=10), "do not belong together"),
+        (_config(vocab_size=None), r"config\.json has no whole number vocab_size"),
+        (_config(max_position_embeddings="8k"), r"json has no whole number max_position_embedd"),
         (_write("modeling.py"), r"code of its own \(modeling\.py\)"),
         (_write("pytorch_model.bin"), r"pytorch_model\.bin\. Such files can run code"),
         (_remove("tokenizer.json"), r"has no tokenizer\.json"),
