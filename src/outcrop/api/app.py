@@ -26,11 +26,12 @@ from outcrop.api import handlers
 from outcrop.api.context import Services
 from outcrop.api.s3 import s3_request
 from outcrop.api.s3_actions import OWN_PATHS
+from outcrop.api.signed import signed_request
 from outcrop.errors import ApiError, SettingsError
 from outcrop.identity.bootstrap import page_key
 from outcrop.ids import new_request_id
 from outcrop.models.catalog import load_catalog
-from outcrop.objects.client import backend, object_store
+from outcrop.objects.client import backend
 from outcrop.processes.address import reachable_url
 from outcrop.settings import Settings
 from outcrop.store.database import connect
@@ -55,7 +56,6 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
                 engine=engine,
                 catalog=load_catalog(settings),
                 backend=backend(settings),
-                objects=object_store(settings),
                 http=http,
                 page_key=page_key(settings),
             )
@@ -97,7 +97,7 @@ async def _lifespan(
 
 async def _respond(request: Request, services: Services) -> Response:
     request_id = new_request_id()
-    signed = handlers.signed_request(request)
+    signed = signed_request(request)
     try:
         signature = sigv4.read_signature(signed)
     except ApiError as error:

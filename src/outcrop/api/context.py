@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from outcrop.identity.authorize import authorize
 from outcrop.identity.principals import Principal
 from outcrop.models.catalog import Catalog
 from outcrop.objects.client import Backend, ObjectStore
+from outcrop.objects.client import backend as current_backend
 from outcrop.settings import Settings
 
 
@@ -31,12 +33,22 @@ class Services:
     """The base models on offer."""
     backend: Backend
     """Where S3 requests are passed on to."""
-    objects: ObjectStore
-    """The same store, for our own reads."""
     http: httpx.AsyncClient
     """Connections to the object store."""
     page_key: bytes
     """Signs the tokens of paged lists."""
+    touched: dict[str, float] = field(default_factory=dict)
+    """By the key of base weights: when the use of their model server was last written, on the
+    monotonic clock."""
+
+    @property
+    def objects(self) -> ObjectStore:
+        """The object store for our own reads, where it is now: it may have been started again.
+
+        Raises:
+            ObjectStoreError: the embedded store is not running.
+        """
+        return _client(current_backend(self.settings))
 
 
 @dataclass(frozen=True)
@@ -70,3 +82,8 @@ class Output:
 
     members: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=1)
+def _client(place: Backend) -> ObjectStore:
+    return ObjectStore(place)  # made once for each place: that takes a tenth of a second

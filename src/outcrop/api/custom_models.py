@@ -5,22 +5,17 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from sqlalchemy import Connection
-
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
-from outcrop.errors import ResourceNotFoundException
+from outcrop.api.resources import CUSTOM_MODEL, find, model_arn
 from outcrop.store import models
 from outcrop.store.database import transaction
-from outcrop.store.rows import CustomModel
-
-ARN_TYPE = "custom-model"
 
 
 def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Describe a custom model, named by ARN or name."""
     with context.services.engine.connect() as connection:
-        model = find_model(connection, context, params["modelIdentifier"], "GetCustomModel")
+        model = find(connection, context, CUSTOM_MODEL, params["modelIdentifier"], "GetCustomModel")
     spec = model.spec
     return {
         "modelArn": model.arn,
@@ -53,7 +48,7 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             context.region,
             status=params.get("modelStatus"),
             name_contains=params.get("nameContains"),
-            base_model_arn=params.get("baseModelArnEquals"),
+            base_model_arn=model_arn(connection, context, params.get("baseModelArnEquals")),
             foundation_model_arn=params.get("foundationModelArnEquals"),
             created_after=params.get("creationTimeAfter"),
             created_before=params.get("creationTimeBefore"),
@@ -84,28 +79,11 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
 def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Delete a custom model that nothing uses; the base model is not touched."""
     with transaction(context.services.engine) as connection:
-        model = find_model(connection, context, params["modelIdentifier"], "DeleteCustomModel")
+        model = find(
+            connection, context, CUSTOM_MODEL, params["modelIdentifier"], "DeleteCustomModel"
+        )
         models.delete_model(connection, model)
     # After the commit: if this process dies here, `outcrop gc` finds the files.
     folder = context.services.settings.data_dir / model.artifact_path
     shutil.rmtree(folder, ignore_errors=True)
     return {}
-
-
-def find_model(
-    connection: Connection, context: RequestContext, identifier: str, operation: str
-) -> CustomModel:
-    """Find a custom model of the caller's account, after asking whether the caller may.
-
-    Raises:
-        AccessDeniedException: the caller may not do `bedrock:<operation>` on it.
-        ResourceNotFoundException: there is no such model.
-    """
-    model = models.get_model(connection, context.account, context.region, identifier)
-    named = identifier if identifier.startswith("arn:") else context.arn(ARN_TYPE)
-    context.require(connection, f"bedrock:{operation}", model.arn if model else named)
-    if model is None:
-        raise ResourceNotFoundException(
-            f"The provided model identifier {identifier} does not name a custom model."
-        )
-    return model

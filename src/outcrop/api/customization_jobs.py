@@ -13,7 +13,8 @@ from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
-from outcrop.errors import ConflictException, ResourceNotFoundException, ValidationException
+from outcrop.api.resources import JOB, find
+from outcrop.errors import ConflictException, ValidationException
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, customization_job_arn, foundation_model_arn, new_id
 from outcrop.jobs.places import (
@@ -36,7 +37,6 @@ from outcrop.store.tokens import find_replay, request_token
 from outcrop.train.plan import make_plan
 
 KIND = "customization"
-ARN_TYPE = "model-customization-job"
 STAGES = ("validation", "dataProcessing", "training")
 OFFERED_TYPES = ("FINE_TUNING",)
 
@@ -45,7 +45,9 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Check what can be known now and queue the job; nothing has run when this returns."""
     services = context.services
     with services.engine.connect() as connection:
-        context.require(connection, "bedrock:CreateModelCustomizationJob", context.arn(ARN_TYPE))
+        context.require(
+            connection, "bedrock:CreateModelCustomizationJob", context.arn(JOB.arn_type)
+        )
         context.require(connection, "iam:PassRole", params["roleArn"])
         # A repeat is answered as the first request was, also when its data is gone meanwhile.
         token = request_token(context.account, context.region, context.operation, params)
@@ -67,10 +69,11 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         for uri in (training, *validation):
             check_readable(connection, role, uri)
         check_writable(connection, role, output)
-    check_present(services.objects, training, TRAINING)
+    objects = services.objects
+    check_bucket(objects, output)
+    check_present(objects, training, TRAINING)
     for uri in validation:
-        check_present(services.objects, uri, VALIDATION)
-    check_bucket(services.objects, output)
+        check_present(objects, uri, VALIDATION)
 
     job_id = new_id()
     arn = customization_job_arn(context.region, context.account, base.customization_id, job_id)
@@ -122,7 +125,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
 def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Describe a job, named by ARN or name."""
     with context.services.engine.connect() as connection:
-        job = find_job(connection, context, params["jobIdentifier"], "GetModelCustomizationJob")
+        job = find(connection, context, JOB, params["jobIdentifier"], "GetModelCustomizationJob")
         return _describe(connection, job)
 
 
@@ -154,33 +157,13 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
 def stop(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Ask a job to stop. A queued job is stopped at once, a running one within seconds."""
     with transaction(context.services.engine) as connection:
-        job = find_job(connection, context, params["jobIdentifier"], "StopModelCustomizationJob")
+        job = find(connection, context, JOB, params["jobIdentifier"], "StopModelCustomizationJob")
         if not jobs.request_stop(connection, job.id):
             raise ConflictException(
                 f"The job {job.name} is {wire_status(job.status)}. Only a job that is InProgress "
-                "can be "
-                "stopped."
+                "can be stopped."
             )
     return {}
-
-
-def find_job(
-    connection: Connection, context: RequestContext, identifier: str, operation: str
-) -> Job:
-    """Find a job of the caller's account by ARN or name, after asking whether the caller may.
-
-    Raises:
-        AccessDeniedException: the caller may not do `bedrock:<operation>` on it.
-        ResourceNotFoundException: there is no such job.
-    """
-    job = jobs.get_job(connection, context.account, context.region, KIND, identifier)
-    named = identifier if identifier.startswith("arn:") else context.arn(ARN_TYPE)
-    context.require(connection, f"bedrock:{operation}", job.arn if job else named)
-    if job is None:
-        raise ResourceNotFoundException(
-            f"The provided job identifier {identifier} does not name a model customization job."
-        )
-    return job
 
 
 def _describe(connection: Connection, job: Job) -> dict[str, Any]:
@@ -251,8 +234,7 @@ def _base_model(connection: Connection, context: RequestContext, identifier: str
         )
     raise ValidationException(
         f"The provided model identifier is invalid: {identifier}. ListFoundationModels lists "
-        "what can be "
-        "customized."
+        "what can be customized."
     )
 
 
@@ -272,14 +254,12 @@ def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None
     if "customizationConfig" in params:
         raise ValidationException(
             "customizationConfig belongs to distillation and reinforcement fine-tuning, which "
-            "are not "
-            "offered yet. Leave it out."
+            "are not offered yet. Leave it out."
         )
     if "customModelKmsKeyId" in params:
         raise ValidationException(
             "customModelKmsKeyId is not supported yet: custom models are not encrypted with a "
-            "key of "
-            "yours. Leave it out to accept that."
+            "key of yours. Leave it out to accept that."
         )
     if "invocationLogsConfig" in params["trainingDataConfig"]:
         raise ValidationException(

@@ -7,15 +7,18 @@ bodies are streamed.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
 import logging
 import re
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import anyio
 import anyio.to_thread
 from botocore.model import OperationModel
 from sqlalchemy.exc import OperationalError
@@ -23,10 +26,13 @@ from starlette.requests import ClientDisconnect, Request
 
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.operations import OPERATIONS, AsyncOperation, Operation, SyncOperation
+from outcrop.api.signed import signed_request
 from outcrop.errors import (
     AccessDeniedException,
     ApiError,
     InternalServerException,
+    ObjectStoreError,
+    ServiceUnavailableException,
     ValidationException,
 )
 from outcrop.identity.principals import authenticate
@@ -35,15 +41,20 @@ from outcrop.wire.model import service_model
 from outcrop.wire.serialize import HttpReply
 from outcrop.wire.sigv4 import Signature, SignedRequest
 
+T = TypeVar("T")
 logger = logging.getLogger("outcrop.gateway")
 
 CUSTOM_MODEL_MEMBERS = {"modelIdentifier", "modelId", "baseModelIdentifier"}
 """Members that name a custom model, among others."""
+CUSTOM_MODEL_ARN_MEMBERS = {"resourceARN", "baseModelArnEquals", "modelArnEquals"}
+"""Members that name a custom model, among others, and only by ARN."""
 CUSTOM_MODEL_ARN = re.compile(
-    r"arn:aws(-[^:]+)?:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:custom-model/"
-    r"([a-z0-9.:-]{1,200}/)?(?P<name>[0-9a-zA-Z_-]{1,63})"
+    r"(?P<type>arn:aws(-[^:]+)?:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:custom-model/)"
+    r"(?P<base>[a-z0-9.:-]{1,200}/)?(?P<name>[0-9a-zA-Z_-]{1,63})"
 )
 """An ARN of a custom model that ends in its id, or in its name as in published examples."""
+SOME_MODEL = "any.model/000000000000"
+"""What an ARN of the service model's own form ends in."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ async def answer(request: Request, services: Services, request_id: str) -> HttpR
     except ApiError as error:
         reply = serialize.serialize_error(trace.service, error, request_id, trace.model)
     except ClientDisconnect:
-        return HttpReply(499)  # nobody reads it; the log line says what happened
+        reply = HttpReply(499)  # for the log: nobody reads it. Source: nginx's own status for it
     except Exception as error:
         logger.exception("%s failed", request_id)
         reply = serialize.serialize_error(
@@ -114,10 +125,34 @@ async def _call(request: Request, services: Services, body: bytes, trace: Trace)
     done = await anyio.to_thread.run_sync(_run, services, signed, body, trace)
     if isinstance(done, HttpReply):
         return done
-    output = await done.function(done.context, done.params)
+    output = await _while_connected(request, done.function(done.context, done.params))
     return serialize.serialize_output(
         done.model, output.members, trace.request_id, extra_headers=output.headers
     )
+
+
+async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
+    """Wait for an answer that takes long, and give it up when the client goes away.
+
+    botocore's clients do after 60 s, and ask again.
+
+    Raises:
+        ClientDisconnect: it has gone.
+    """
+
+    async def watch() -> None:
+        # The body is read, so what comes next is the end of the connection.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        watcher = asyncio.create_task(watch())
+        try:
+            return await answer
+        finally:
+            watcher.cancel()
+    raise ClientDisconnect
 
 
 def _run(
@@ -129,19 +164,6 @@ def _run(
         return AsyncCall(call.context, call.model, call.function, call.params)
     members = cast(SyncOperation, call.function)(call.context, call.params)
     return serialize.serialize_output(call.model, members, trace.request_id)
-
-
-def signed_request(request: Request) -> SignedRequest:
-    """Take from a request what its signature covers, exactly as it was sent."""
-    raw_path = request.scope.get("raw_path") or request.scope["path"].encode()
-    return SignedRequest(
-        method=request.method,
-        raw_path=raw_path.split(b"?")[0].decode("latin-1"),
-        raw_query=request.scope["query_string"].decode("latin-1"),
-        headers=[
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw
-        ],
-    )
 
 
 def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trace) -> Call:
@@ -188,7 +210,7 @@ def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trac
     if service != "sts":
         params = parse.parse_request(found, query=signed.raw_query, headers=headers, body=body)
     if trace.model.input_shape is not None:
-        validate.validate(trace.model.input_shape, _with_bare_names(params))
+        validate.validate(trace.model.input_shape, _as_modelled(params))
     context = RequestContext(
         services=services,
         request_id=trace.request_id,
@@ -202,18 +224,23 @@ def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trac
     return Call(context, trace.model, function, params)
 
 
-def _with_bare_names(params: dict[str, Any]) -> dict[str, Any]:
-    """Return a request for validation with custom models named by their bare names.
+def _as_modelled(params: dict[str, Any]) -> dict[str, Any]:
+    """Return a request for validation with custom models named as the service model allows.
 
     Published examples name a custom model by an ARN that ends in its name, and InvokeModel's
-    pattern has no room for a base id with its context. So the last part is what is validated:
-    which model an ARN names is decided by the operation.
+    pattern has no room for a base id with its context. So the last part is what is validated, or,
+    where only an ARN is allowed, another model's: which model an ARN names is decided by the
+    operation.
     """
     named = dict(params)
-    for member in CUSTOM_MODEL_MEMBERS & params.keys():
+    for member in (CUSTOM_MODEL_MEMBERS | CUSTOM_MODEL_ARN_MEMBERS) & params.keys():
         found = isinstance(params[member], str) and CUSTOM_MODEL_ARN.fullmatch(params[member])
-        if found:
+        if not found:
+            continue
+        if member in CUSTOM_MODEL_MEMBERS:
             named[member] = found["name"]
+        elif not found["base"]:
+            named[member] = found["type"] + SOME_MODEL
     return named
 
 
@@ -259,7 +286,9 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _our_fault(error: Exception, request_id: str) -> InternalServerException:
+def _our_fault(error: Exception, request_id: str) -> ApiError:
+    if isinstance(error, ObjectStoreError) and error.code == "ServiceUnavailable":
+        return ServiceUnavailableException("The object store does not answer. Try again.")
     if isinstance(error, OperationalError) and "full" in str(error.orig).lower():
         return InternalServerException(
             "The service's disk is full, so nothing was changed. Free some space and try again."

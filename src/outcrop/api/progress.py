@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from outcrop.api.context import RequestContext
-from outcrop.api.customization_jobs import find_job
 from outcrop.api.paging import make_token, page_size, read_token
+from outcrop.api.resources import JOB, find
 from outcrop.jobs import queue
 from outcrop.jobs.states import wire_status
 from outcrop.store import events
@@ -15,7 +15,7 @@ from outcrop.store import events
 def get_job_progress(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Say where a job stands: its place in the queue, or its stage, step, losses and time left."""
     with context.services.engine.connect() as connection:
-        job = find_job(connection, context, params["jobIdentifier"], "GetModelCustomizationJob")
+        job = find(connection, context, JOB, params["jobIdentifier"], "GetModelCustomizationJob")
         position = queue.queue_position(connection, job.id)
     return {
         "jobArn": job.arn,
@@ -32,7 +32,7 @@ def list_job_events(context: RequestContext, params: dict[str, Any]) -> dict[str
     position = read_token(context, params)
     limit = page_size(params)
     with context.services.engine.connect() as connection:
-        job = find_job(connection, context, params["jobIdentifier"], "GetModelCustomizationJob")
+        job = find(connection, context, JOB, params["jobIdentifier"], "GetModelCustomizationJob")
         found = events.list_events(
             connection, job.id, after=position[0] if position else 0, limit=limit + 1
         )

@@ -33,6 +33,7 @@ from outcrop.serve.prompt_formats import NativeRequest, format_body, parse_body
 from outcrop.serve.request import Generation, GenerationRequest
 from outcrop.store import models, servers, throughputs
 from outcrop.store.database import transaction
+from outcrop.store.rows import ProvisionedModel
 
 FIRST_LOOK_SECONDS = 0.02
 LONGEST_LOOK_SECONDS = 0.25
@@ -45,8 +46,6 @@ tried again.
 """
 
 T = TypeVar("T")
-
-_touched: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ async def _with_server(
     """Ask the weights' model server, which is started where it does not run.
 
     A server that was ended between the look at its row and the request (it was idle, or it
-    crashed) has done nothing yet, so the request waits for the next one.
+    crashed) has done nothing yet, so the request waits for the next one, until the time is up.
     """
     settings = context.services.settings
     deadline = time.monotonic() + settings.model_start_seconds
@@ -135,10 +134,13 @@ async def _with_server(
         except TimeoutError:
             raise ModelTimeoutException(
                 f"The model did not answer within {settings.invoke_timeout_seconds} s. Ask for "
-                "fewer "
-                "tokens, or raise invoke_timeout_seconds."
+                "fewer tokens, or raise invoke_timeout_seconds."
             ) from None
         except ServingError:
+            if time.monotonic() >= deadline:
+                raise ModelNotReadyException(
+                    "The model server does not answer. Try again."
+                ) from None
             await anyio.sleep(LONGEST_LOOK_SECONDS)
 
 
@@ -146,29 +148,35 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
     """Find what an id stands for, after asking whether the caller may use it.
 
     Raises:
-        ResourceNotFoundException, ModelNotReadyException, ValidationException: there is no such
-        model, its
-            throughput is still being created, or it cannot be asked by this id.
+        AccessDeniedException: the caller may not do `bedrock:<operation>` on what it names.
+        ResourceNotFoundException, ValidationException: there is no such model, or it cannot be
+            asked by this id.
+        ModelNotReadyException: its throughput is still being created.
     """
+    account, region = context.account, context.region
+    parsed = parse_arn(identifier)
+    kind = parsed.resource_type if parsed else None
+    model_id = identifier.rpartition("/")[2]
+    resource = identifier if parsed else foundation_model_arn(region, model_id)
+    throughput = custom = None
     with context.services.engine.connect() as connection:
-        parsed = parse_arn(identifier)
-        kind = parsed.resource_type if parsed else None
-        if kind == "provisioned-model":
-            return _provisioned(connection, context, identifier, operation)
         base = context.services.catalog.resolve(identifier)
-        model_id = identifier.rpartition("/")[2]
-        resource = identifier if parsed else foundation_model_arn(context.region, model_id)
+        if base is None:
+            # What it names is looked up first, because that is what the caller must be allowed.
+            throughput = throughputs.get_throughput(connection, account, region, identifier)
+            if throughput is None:
+                custom = models.get_model(connection, account, region, identifier)
+            found = throughput or custom
+            resource = found.arn if found else resource
         context.require(connection, f"bedrock:{operation}", resource)
         if base is not None:
             return Target(model_id, base, base.weights, None)
-        if throughputs.get_throughput(connection, context.account, context.region, identifier):
-            return _provisioned(connection, context, identifier, operation)
-        custom = models.get_model(connection, context.account, context.region, identifier)
+        if throughput is not None:
+            return _provisioned(connection, context, throughput)
     if custom is not None:
         raise ValidationException(
             f"Invocation of the custom model {custom.name} with on-demand throughput isn't "
-            "supported. "
-            "Create a provisioned model throughput for it and invoke that one's ARN."
+            "supported. Create a provisioned model throughput for it and invoke that one's ARN."
         )
     if kind in (None, "foundation-model"):
         raise ValidationException(
@@ -179,18 +187,12 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
 
 
 def _provisioned(
-    connection: Connection, context: RequestContext, identifier: str, operation: str
+    connection: Connection, context: RequestContext, throughput: ProvisionedModel
 ) -> Target:
-    throughput = throughputs.get_throughput(connection, context.account, context.region, identifier)
-    context.require(
-        connection, f"bedrock:{operation}", throughput.arn if throughput else identifier
-    )
-    if throughput is None:
-        raise ResourceNotFoundException(f"Model not found: {identifier}.")
     if throughput.status == "Creating":
         raise ModelNotReadyException(
-            f"The provisioned throughput {throughput.name} is still Creating. Try again when it is "
-            "InService."
+            f"The provisioned throughput {throughput.name} is still Creating. Try again when it "
+            "is InService."
         )
     if throughput.status == "Failed":
         raise ValidationException(
@@ -229,8 +231,7 @@ def _look_for_server(context: RequestContext, weights: str) -> ModelClient | Non
         if servers.idle_seconds(row) < RETRY_SECONDS:
             raise ModelErrorException(
                 f"The model server could not be started: {row.error}. Its log in the data "
-                "directory has "
-                "the reason."
+                "directory has the reason."
             )
         row = None
     if row is None:
@@ -239,9 +240,9 @@ def _look_for_server(context: RequestContext, weights: str) -> ModelClient | Non
         return None
     if row.state != "ready" or row.address is None:
         return None
-    now = time.monotonic()
-    if now - _touched.get(weights, 0.0) >= TOUCH_SECONDS:
-        _touched[weights] = now
+    now, touched = time.monotonic(), context.services.touched
+    if now - touched.get(weights, 0.0) >= TOUCH_SECONDS:
+        touched[weights] = now
         with transaction(engine) as connection:
             servers.touch(connection, weights)
     return ModelClient(Path(row.address))

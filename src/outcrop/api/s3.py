@@ -41,6 +41,7 @@ from outcrop.api.s3_body import (
     read_deleted_objects,
     read_location,
 )
+from outcrop.api.signed import signed_request
 from outcrop.errors import ApiError, InternalServerException, ObjectStoreError
 from outcrop.identity.authorize import authorize_all
 from outcrop.identity.principals import Principal, authenticate
@@ -133,7 +134,7 @@ async def s3_request(request: Request, services: S3Services, request_id: str) ->
 
 
 async def _answer(request: Request, services: S3Services, body: _Body, trace: _Trace) -> Response:
-    signed = _signed_request(request)
+    signed = signed_request(request)
     verified = await anyio.to_thread.run_sync(_verify, services, signed, trace)
     call = verified.call
     content: Upload | bytes = b""
@@ -164,18 +165,6 @@ async def _answer(request: Request, services: S3Services, body: _Body, trace: _T
 
 
 # --- may they ------------------------------------------------------------------------------------
-
-
-def _signed_request(request: Request) -> SignedRequest:
-    raw_path = request.scope.get("raw_path") or request.scope["path"].encode()
-    return SignedRequest(
-        method=request.method,
-        raw_path=raw_path.split(b"?")[0].decode("latin-1"),
-        raw_query=request.scope["query_string"].decode("latin-1"),
-        headers=[
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw
-        ],
-    )
 
 
 def _verify(services: S3Services, signed: SignedRequest, trace: _Trace) -> _Verified:

@@ -219,7 +219,7 @@ def read_call(method: str, raw_path: str, raw_query: str, headers: Mapping[str, 
 def needed_permissions(call: S3Call) -> list[tuple[str, str]]:
     """Return the (action, resource ARN) pairs that a call needs, all of them.
 
-    Those of DeleteObjects depend on its body; see `delete_permissions`.
+    Those of DeleteObjects depend on its body; see `delete_permission`.
     """
     action = ACTIONS[call.operation]
     if call.version_id:

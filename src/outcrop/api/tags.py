@@ -7,18 +7,19 @@ from typing import Any
 from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
+from outcrop.api.resources import CUSTOM_MODEL, JOB, THROUGHPUT, Kind, Resource, find
 from outcrop.errors import ResourceNotFoundException
 from outcrop.ids import parse_arn
-from outcrop.store import jobs, models, tags, throughputs
+from outcrop.store import tags
 from outcrop.store.database import transaction
+
+KINDS: tuple[Kind[Resource], ...] = (JOB, CUSTOM_MODEL, THROUGHPUT)
 
 
 def tag_resource(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Add or replace tags; at most 50 a resource."""
-    arn = params["resourceARN"]
     with transaction(context.services.engine) as connection:
-        context.require(connection, "bedrock:TagResource", arn)
-        _must_exist(connection, context, arn)
+        arn = _find(connection, context, params["resourceARN"])
         new = {tag["key"]: tag["value"] for tag in params["tags"]}
         tags.put_tags(connection, context.account, context.region, arn, new)
     return {}
@@ -26,34 +27,25 @@ def tag_resource(context: RequestContext, params: dict[str, Any]) -> dict[str, A
 
 def untag_resource(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Remove tags by key; a key that is not there is no error."""
-    arn = params["resourceARN"]
     with transaction(context.services.engine) as connection:
-        context.require(connection, "bedrock:UntagResource", arn)
-        _must_exist(connection, context, arn)
+        arn = _find(connection, context, params["resourceARN"])
         tags.remove_tags(connection, context.account, context.region, arn, params["tagKeys"])
     return {}
 
 
 def list_tags_for_resource(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """List a resource's tags."""
-    arn = params["resourceARN"]
     with context.services.engine.connect() as connection:
-        context.require(connection, "bedrock:ListTagsForResource", arn)
-        _must_exist(connection, context, arn)
+        arn = _find(connection, context, params["resourceARN"])
         found = tags.list_tags(connection, context.account, context.region, arn)
     return {"tags": [{"key": key, "value": value} for key, value in found.items()]}
 
 
-def _must_exist(connection: Connection, context: RequestContext, arn: str) -> None:
+def _find(connection: Connection, context: RequestContext, arn: str) -> str:
+    """Return the resource's own ARN, once the caller may do the operation on it and it is there."""
     parsed = parse_arn(arn)
-    found: object | None = None
-    account, region = context.account, context.region
-    match parsed.resource_type if parsed else None:
-        case "model-customization-job":
-            found = jobs.get_job(connection, account, region, "customization", arn)
-        case "custom-model":
-            found = models.get_model(connection, account, region, arn)
-        case "provisioned-model":
-            found = throughputs.get_throughput(connection, account, region, arn)
-    if found is None:
-        raise ResourceNotFoundException(f"The resource {arn} does not exist.")
+    for kind in KINDS:
+        if parsed is not None and parsed.resource_type == kind.arn_type:
+            return find(connection, context, kind, arn, context.operation).arn
+    context.require(connection, f"bedrock:{context.operation}", arn)
+    raise ResourceNotFoundException(f"The resource {arn} does not exist.")

@@ -13,14 +13,14 @@ from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
-from outcrop.errors import ResourceNotFoundException, ValidationException
+from outcrop.api.resources import THROUGHPUT, find, model_arn
+from outcrop.errors import ConflictException, ResourceNotFoundException, ValidationException
 from outcrop.ids import foundation_model_arn, new_id, provisioned_model_arn
 from outcrop.store import models, servers, tags, throughputs
-from outcrop.store.database import transaction
+from outcrop.store.database import lock_account, transaction
 from outcrop.store.rows import NewProvisionedModel, ProvisionedModel
-from outcrop.store.tokens import request_token
+from outcrop.store.tokens import find_replay, request_token
 
-ARN_TYPE = "provisioned-model"
 COMMITMENT_DAYS = {"OneMonth": 30, "SixMonths": 180}
 
 
@@ -32,9 +32,16 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     arn = provisioned_model_arn(context.region, context.account, throughput_id)
     with transaction(context.services.engine) as connection:
         context.require(
-            connection, "bedrock:CreateProvisionedModelThroughput", context.arn(ARN_TYPE)
+            connection, "bedrock:CreateProvisionedModelThroughput", context.arn(THROUGHPUT.arn_type)
         )
-        model_arn, root_arn, weights = _model(connection, context, params["modelId"])
+        # Before the model is looked at, so that it cannot be deleted until this has ended.
+        lock_account(connection, context.account, context.region)
+        token = request_token(context.account, context.region, context.operation, params)
+        # A repeat is answered as the first request was, also when its model is gone meanwhile.
+        replayed = find_replay(connection, token)
+        if replayed is not None:
+            return {"provisionedModelArn": _made_before(connection, context, replayed).arn}
+        served_arn, root_arn, weights = _model(connection, context, params["modelId"])
         tags.check_tag_count(arn, tag_list)
         commitment = params.get("commitmentDuration")
         throughput = throughputs.create_throughput(
@@ -45,7 +52,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
                 region=context.region,
                 arn=arn,
                 name=params["provisionedModelName"],
-                model_arn=model_arn,
+                model_arn=served_arn,
                 foundation_model_arn=root_arn,
                 model_units=params["modelUnits"],
                 commitment=commitment,
@@ -56,22 +63,22 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
                 ),
                 weights=weights,
             ),
-            token=request_token(context.account, context.region, context.operation, params),
+            token=token,
             max_throughputs=settings.max_provisioned_models,
             max_model_units=settings.max_model_units,
         )
-        if throughput.id == throughput_id:
-            servers.want(connection, weights)
-            if tag_list:
-                tags.put_tags(connection, context.account, context.region, arn, tag_list)
+        servers.want(connection, weights)
+        if tag_list:
+            tags.put_tags(connection, context.account, context.region, arn, tag_list)
     return {"provisionedModelArn": throughput.arn}
 
 
 def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Describe a throughput, named by ARN or name."""
     with context.services.engine.connect() as connection:
-        found = find_throughput(
-            connection, context, params["provisionedModelId"], "GetProvisionedModelThroughput"
+        found = find(
+            *(connection, context, THROUGHPUT, params["provisionedModelId"]),
+            "GetProvisionedModelThroughput",
         )
     return {**_summarize(found), "failureMessage": found.failure_message}
 
@@ -87,7 +94,7 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             context.region,
             status=params.get("statusEquals"),
             name_contains=params.get("nameContains"),
-            model_arn=params.get("modelArnEquals"),
+            model_arn=model_arn(connection, context, params.get("modelArnEquals")),
             created_after=params.get("creationTimeAfter"),
             created_before=params.get("creationTimeBefore"),
             ascending=params.get("sortOrder") == "Ascending",
@@ -105,28 +112,25 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
 def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Give a throughput back; the model behind it stays. A commitment holds to its end."""
     with transaction(context.services.engine) as connection:
-        found = find_throughput(
-            connection, context, params["provisionedModelId"], "DeleteProvisionedModelThroughput"
+        found = find(
+            *(connection, context, THROUGHPUT, params["provisionedModelId"]),
+            "DeleteProvisionedModelThroughput",
         )
         throughputs.delete_throughput(connection, found, now=datetime.now(UTC))
     return {}
 
 
-def find_throughput(
-    connection: Connection, context: RequestContext, identifier: str, operation: str
+def _made_before(
+    connection: Connection, context: RequestContext, throughput_id: str
 ) -> ProvisionedModel:
-    """Find a throughput of the caller's account, after asking whether the caller may.
-
-    Raises:
-        AccessDeniedException: the caller may not do `bedrock:<operation>` on it.
-        ResourceNotFoundException: there is no such throughput.
-    """
-    found = throughputs.get_throughput(connection, context.account, context.region, identifier)
-    named = identifier if identifier.startswith("arn:") else context.arn(ARN_TYPE)
-    context.require(connection, f"bedrock:{operation}", found.arn if found else named)
+    account, region = context.account, context.region
+    # By its ARN, because an id can be another one's name.
+    arn = provisioned_model_arn(region, account, throughput_id)
+    found = throughputs.get_throughput(connection, account, region, arn)
     if found is None:
-        raise ResourceNotFoundException(
-            f"The provided identifier {identifier} does not name a provisioned model throughput."
+        raise ConflictException(
+            "The clientRequestToken belongs to a provisioned throughput that was deleted. "
+            "Use a new token."
         )
     return found
 
@@ -142,8 +146,7 @@ def _model(
         if base is None:
             raise ValidationException(
                 f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue "
-                "any "
-                "more. Add it again with `outcrop models add`."
+                "any more. Add it again with `outcrop models add`."
             )
         return custom.arn, custom.foundation_model_arn, custom.spec["weights"]
     base = catalog.resolve(identifier)

@@ -32,17 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except Exception as error:
-        from sqlalchemy.exc import SQLAlchemyError
-
-        if not isinstance(error, SQLAlchemyError):
-            raise
+    except _database_errors() as error:
         reason = getattr(error, "orig", None) or error
         return _fail(
             f"the database cannot be used: {reason}. Check --data-dir and the setting "
             "database_url; `outcrop serve` makes the database."
         )
     return code
+
+
+def _database_errors() -> type[Exception]:
+    """Return what SQLAlchemy raises; asked for only once something went wrong."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return SQLAlchemyError
 
 
 def _fail(message: str) -> int:

@@ -1,0 +1,82 @@
+"""Finding what a request names by ARN, name or id, once it is known that the caller may.
+
+One way for every kind of resource that has a row, so that none tells a caller who may not ask
+whether it exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from sqlalchemy import Connection
+
+from outcrop.api.context import RequestContext
+from outcrop.errors import ResourceNotFoundException
+from outcrop.store import jobs, models, throughputs
+from outcrop.store.rows import CustomModel, Job, ProvisionedModel
+
+
+class Resource(Protocol):
+    """What every kind's row has."""
+
+    @property
+    def arn(self) -> str:
+        """The resource's own ARN."""
+
+
+R = TypeVar("R", bound=Resource, covariant=True)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[R]):
+    """A kind of resource."""
+
+    arn_type: str
+    """As its ARN has it."""
+    noun: str
+    """As messages have it."""
+    get: Callable[[Connection, str, str, str], R | None]
+    """Takes account, region and identifier."""
+
+
+def _get_job(connection: Connection, account: str, region: str, identifier: str) -> Job | None:
+    return jobs.get_job(connection, account, region, "customization", identifier)
+
+
+JOB: Kind[Job] = Kind("model-customization-job", "model customization job", _get_job)
+CUSTOM_MODEL: Kind[CustomModel] = Kind("custom-model", "custom model", models.get_model)
+THROUGHPUT: Kind[ProvisionedModel] = Kind(
+    "provisioned-model", "provisioned model throughput", throughputs.get_throughput
+)
+
+
+def find(
+    connection: Connection, context: RequestContext, kind: Kind[R], identifier: str, operation: str
+) -> R:
+    """Return a resource of the caller's account, after asking whether the caller may.
+
+    Raises:
+        AccessDeniedException: the caller may not do `bedrock:<operation>` on it.
+        ResourceNotFoundException: there is no such resource.
+    """
+    found = kind.get(connection, context.account, context.region, identifier)
+    named = identifier if identifier.startswith("arn:") else context.arn(kind.arn_type)
+    context.require(connection, f"bedrock:{operation}", found.arn if found else named)
+    if found is None:
+        raise ResourceNotFoundException(
+            f"The provided identifier {identifier} does not name a {kind.noun}."
+        )
+    return found
+
+
+def model_arn(connection: Connection, context: RequestContext, arn: str | None) -> str | None:
+    """Return the ARN under which rows know a model; one that ends in a name becomes the model's.
+
+    Where it names no custom model of the account, or is None, it comes back as it is.
+    """
+    if arn is None:
+        return None
+    found = models.get_model(connection, context.account, context.region, arn)
+    return arn if found is None else found.arn
