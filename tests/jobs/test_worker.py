@@ -17,9 +17,8 @@ from tests.jobs.fake_attempt import STARTS
 from tests.unit.store.build import ACCOUNT, REGION, claimed, new_job
 
 from outcrop.errors import StoreError
-from outcrop.jobs import worker as worker_module
 from outcrop.jobs.executors.local import LocalExecutor
-from outcrop.jobs.worker import Worker, run_worker
+from outcrop.jobs.worker import POLL_SECONDS, Worker, run_worker
 from outcrop.settings import Settings, child_environment
 from outcrop.store import events, jobs, models
 from outcrop.store.database import connect, migrate, transaction
@@ -172,8 +171,39 @@ def test_attempt_that_does_not_listen_is_killed_and_its_job_stopped(service: Ser
     assert is_gone(attempt)
 
 
-def test_a_stop_takes_at_most_five_seconds_with_the_real_intervals() -> None:
-    assert worker_module.POLL_SECONDS + worker_module.STOP_SECONDS < 5
+class Deaf:
+    """An attempt, and the executor that starts it: it ends only when it is killed."""
+
+    code: int | None = None
+
+    def submit(self, job: Job) -> Deaf:
+        return self
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def ask_to_stop(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        self.code = -signal.SIGKILL
+
+
+def test_a_stop_takes_at_most_five_seconds_with_the_real_intervals(service: Service) -> None:
+    """The attempt is deaf, and the stop comes right after the worker has looked."""
+    now = 1000.0
+    worker = Worker(service.settings, service.engine, "w", Deaf(), clock=lambda: now)
+    job = service.create("a", "is deaf")
+    worker.tick()
+    assert service.job(job).status == "running"
+    service.stop(job)
+    for _ in range(100):
+        if service.job(job).status == "stopped":
+            break
+        now += POLL_SECONDS
+        worker.tick()
+    assert service.job(job).status == "stopped"
+    assert now - 1000 <= 5
 
 
 def test_stopping_job_of_a_dead_worker_is_stopped_without_being_run(service: Service) -> None:

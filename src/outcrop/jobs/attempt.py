@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 from safetensors import SafetensorError
@@ -29,19 +30,17 @@ from outcrop.errors import (
     TrainingError,
 )
 from outcrop.jobs import artifacts, customization
+from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
+from outcrop.store.rows import Job
 
 logger = logging.getLogger("outcrop.attempt")
 
 EXIT_UNFINISHED = 1
-STORE_IS_AWAY = "ServiceUnavailable"
-"""The code of an object store that does not answer, as `objects.client` has it."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a write that trying again cannot mend: full disk, quota, limit on a file's size."""
-MAX_FAILURE_MESSAGE = 2048
-"""Source: botocore's `ErrorMessage` shape of bedrock."""
 
 
 def main(arguments: list[str]) -> int:
@@ -73,28 +72,35 @@ class StopFlag:
         """Return whether the attempt is to end."""
         return self._set
 
-    def check(self) -> None:
-        """Raise StopRequested where the attempt is to end."""
-        if self._set:
-            raise StopRequested
 
+def run_attempt(
+    settings: Settings,
+    engine: Engine,
+    job_id: str,
+    fence: int,
+    stop: StopFlag,
+    *,
+    run: Callable[[Settings, Engine, Job, StopFlag], None] = customization.run,
+) -> int:
+    """Run the job's stages and end its row. Returns the process's exit code.
 
-def run_attempt(settings: Settings, engine: Engine, job_id: str, fence: int, stop: StopFlag) -> int:
-    """Run the job's stages and end its row. Returns the process's exit code."""
+    Args:
+        run: the stages; tests have their own.
+    """
     try:
         with engine.connect() as connection:
             job = jobs.get_job_by_id(connection, job_id)
-        if job is None or job.fence != fence or job.status not in ("running", "stopping"):
+        if job is None or job.fence != fence or job.status not in jobs.HELD:
             logger.warning("job %s is not held under fence %d any more", job_id, fence)
             return 0
-        customization.run(settings, engine, job, stop)
+        run(settings, engine, job, stop)
     except StopRequested:
         return _end_stopped(engine, job_id, fence)
     except LeaseLost:
         logger.warning("the lease on job %s was lost; nothing more is written", job_id)
         return 0
     except ObjectStoreError as error:
-        if error.code == STORE_IS_AWAY:
+        if error.code == IS_AWAY:
             raise  # another attempt may find it back
         return _fail(engine, job_id, fence, str(error))
     except (ApiError, DataError, ModelError, TrainingError) as error:
@@ -117,7 +123,7 @@ def _end_stopped(engine: Engine, job_id: str, fence: int) -> int:
 def _fail(engine: Engine, job_id: str, fence: int, message: str) -> int:
     logger.error("failed: %s", message)
     with transaction(engine) as connection:
-        jobs.fail_job(connection, job_id, fence, message[:MAX_FAILURE_MESSAGE])
+        jobs.fail_job(connection, job_id, fence, message)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The stages of a customization job: validation, training, publication.
+"""The stages of a customization job: validation, data processing, training with publication.
 
 Turns a job's row into a custom model and the two CSV files in the owner's bucket. Whatever it
 reads, it reads with the permissions of the job's role. Nothing is visible as a model before the
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
 
@@ -31,9 +31,12 @@ from outcrop.objects.client import ObjectStore, object_store
 from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import transaction
+from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
-from outcrop.train.loop import TrainResult, train
 from outcrop.train.plan import TrainPlan, make_plan
+
+if TYPE_CHECKING:
+    from outcrop.train.loop import TrainResult
 
 logger = logging.getLogger("outcrop.attempt")
 
@@ -46,13 +49,21 @@ class Data:
     validation: list[Example]
 
 
-def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], bool]) -> None:
+def run(
+    settings: Settings,
+    engine: Engine,
+    job: Job,
+    should_stop: Callable[[], bool],
+    *,
+    objects: ObjectStore | None = None,
+) -> None:
     """Take a job from its row to its model.
 
+    Args:
+        objects: where the job's places are; None takes the store of the settings.
     Raises:
-        DataError, ValidationException, ModelError, TrainingError, ObjectStoreError: the job
-        fails, with the
-            error's text as its reason.
+        DataError, ValidationException, ModelError, TrainingError, ObjectStoreError: the job fails,
+            with the error's text as its reason.
         StopRequested: `should_stop` answered True.
         LeaseLost: another attempt holds the job.
     """
@@ -62,7 +73,7 @@ def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], 
             f"The base model {job.spec['baseModelId']} is not in the catalogue any more."
         )
     stage = _Stages(engine, job)
-    objects = object_store(settings)
+    objects = objects or object_store(settings)
 
     stage.begin("validation")
     output = _check_places(engine, objects, job)
@@ -73,11 +84,19 @@ def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], 
         job.spec["userHyperParameters"],
         has_validation=_validation_uri(job) is not None,
     )
-    data = _read_data(settings, objects, job, base, plan, Renderer(folder))
     _check_stop(should_stop)
     stage.end("validation")
 
+    stage.begin("dataProcessing")
+    data = _read_data(settings, objects, job, base, plan, Renderer(folder))
+    _check_stop(should_stop)
+    stage.end("dataProcessing")
+
     stage.begin("training")
+    # Here, because it brings torch and transformers: a job that fails before does not wait for
+    # them, which takes seconds, and under load many.
+    from outcrop.train.loop import train
+
     reporter = Reporter(
         engine,
         objects,
@@ -96,7 +115,7 @@ def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], 
         on_step=reporter.on_step,
         on_validation=reporter.on_validation,
         should_stop=should_stop,
-        threads=settings.train_threads,
+        threads=job.cores,  # what the queue set aside for it, on whatever machine
     )
     reporter.finish()
     _check_stop(should_stop)
@@ -203,7 +222,13 @@ def _publish(
     folder = artifacts.model_folder(settings, model_id, job.fence)
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+    # All of it comes to the disk before the row does: no power cut may leave a model without it.
+    sync_tree(result.artifact)
     result.artifact.rename(folder)
+    for parent in folder.parents:
+        sync(parent)
+        if parent == settings.data_dir:
+            break
     metrics: dict[str, Any] = {
         "trainingMetrics": {"trainingLoss": result.training_loss},
         "validationMetrics": (

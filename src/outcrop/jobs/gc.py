@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Garbage:
     path: Path
     num_bytes: int
     reason: str
+    is_empty_folder: bool = False
+    """It is removed only if nothing has come into it since."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def find_garbage(
 
 def remove(item: Garbage) -> None:
     """Remove a file or a folder; one that is gone already is no error."""
-    if item.path.is_dir():
+    if item.is_empty_folder:
+        with suppress(OSError):  # it is gone, or somebody fills it
+            item.path.rmdir()
+    elif item.path.is_dir():
         shutil.rmtree(item.path, ignore_errors=True)
     else:
         item.path.unlink(missing_ok=True)
@@ -108,7 +114,7 @@ def _artifacts(data: Path, folders: list[Path], used: _Used) -> Iterator[Garbage
 def _empty(folder: Path, reason: str) -> Iterator[Garbage]:
     for child in _children(folder):
         if not _children(child):
-            yield _garbage(child, reason)
+            yield Garbage(child, 0, reason, is_empty_folder=True)
 
 
 def _conversions(folder: Path) -> Iterator[Garbage]:

@@ -1,5 +1,4 @@
-"""The places in S3 that a job reads and writes: their form, whether they are there, whether its
-role may.
+"""The places in S3 that a job uses: their form, whether they are there, whether its role may.
 
 Asked when a job is created, so that a mistake is refused at once, and again by the job itself,
 because places and permissions change. The texts begin as Bedrock's do. Source: user guide,
@@ -16,7 +15,7 @@ from outcrop.identity.authorize import authorize
 from outcrop.identity.principals import Principal
 from outcrop.ids import S3Uri, parse_s3_uri
 from outcrop.jobs.artifacts import WRITE_CHECK
-from outcrop.objects.client import ObjectStore
+from outcrop.objects.client import IS_AWAY, ObjectStore
 
 TRAINING, VALIDATION = "trainingDataConfig.s3Uri", "validationDataConfig.validators.s3Uri"
 """The members of a request that name files to read."""
@@ -46,8 +45,7 @@ def folder_error(uri: S3Uri, member: str) -> ValidationException:
     kind = "validation" if member.startswith("validation") else "training"
     return ValidationException(
         f"Invalid {kind} input data configuration. Check the input data S3 Uris (Uri should be a "
-        "file, "
-        f"not a directory) and retry request: {member} is {uri}."
+        f"file, not a directory) and retry request: {member} is {uri}."
     )
 
 
@@ -70,8 +68,7 @@ def check_writable(connection: Connection, role: Principal, output: S3Uri) -> No
     except AccessDeniedException as error:
         raise ValidationException(
             "Amazon S3 perms missing (PutObject): Could not validate PutObject permissions to "
-            "access "
-            f"S3 bucket: {probe.bucket} at key {probe.key}. {error.message}"
+            f"access S3 bucket: {probe.bucket} at key {probe.key}. {error.message}"
         ) from error
 
 
@@ -85,8 +82,13 @@ def check_bucket(objects: ObjectStore, uri: S3Uri) -> None:
 
 
 def check_present(objects: ObjectStore, uri: S3Uri, member: str) -> None:
-    """Refuse unless the object exists, telling a missing bucket, a missing key and a folder
-    apart; `member` names the URI in the error.
+    """Refuse unless the object exists: a missing bucket, a missing key and a folder are told apart.
+
+    Args:
+        member: names the URI in the error.
+    Raises:
+        ValidationException: so it is.
+        ObjectStoreError: the store is away; nothing is known of the object.
     """
     try:
         if objects.head(uri) is not None:
@@ -98,6 +100,8 @@ def check_present(objects: ObjectStore, uri: S3Uri, member: str) -> None:
         else:
             reason = "There is no object with this key."
     except ObjectStoreError as error:
+        if error.code == IS_AWAY:
+            raise
         reason = str(error)
     raise ValidationException(
         "Could not validate GetObject permissions to access Amazon S3 bucket: "

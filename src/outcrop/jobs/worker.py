@@ -64,12 +64,18 @@ class Worker:
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         stop_seconds: float = STOP_SECONDS,
         lease_seconds: float = queue.LEASE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """
+        Args:
+            clock: seconds that never jump; tests have one of their own.
+        """
         self.settings, self.engine, self.name = settings, engine, name
         self._executor = executor
         self._heartbeat_seconds, self._stop_seconds = heartbeat_seconds, stop_seconds
         self._capacity = queue.capacity(settings)
-        self._leases = queue.LeaseWatch(lease_seconds)
+        self._clock = clock
+        self._leases = queue.LeaseWatch(lease_seconds, clock=clock)
         self._held: dict[str, _Held] = {}
 
     @property
@@ -116,7 +122,7 @@ class Worker:
 
     def _keep(self, held: _Held, row: LiveJob | None) -> None:
         """See that the lease lives on, and that an attempt ends which is to end."""
-        now = time.monotonic()
+        now = self._clock()
         if row is None:  # the attempt has ended its job, so it is about to exit
             held.kill_at = held.kill_at or now + EXIT_SECONDS
         else:
@@ -177,7 +183,7 @@ class Worker:
                 with transaction(self.engine) as connection:
                     jobs.requeue(connection, job.id, job.fence, reason, lost=False)
                 raise
-            self._held[job.id] = _Held(job, attempt, time.monotonic())
+            self._held[job.id] = _Held(job, attempt, self._clock())
 
     def _room(self) -> queue.Capacity:
         cores = sum(held.job.cores for held in self._held.values())

@@ -29,6 +29,9 @@ EMBEDDED_REGION = "us-east-1"
 EMBEDDED_NAME = "object-store"
 """Name of the embedded store's address file."""
 
+IS_AWAY = "ServiceUnavailable"
+"""The code of an ObjectStoreError where the store does not answer: trying again may help."""
+
 PART_BYTES = 16 * 1024 * 1024
 """Objects larger than this are uploaded in parts, two of which are in memory. LIMIT: S3 allows
 10 000 parts, so 156 GiB."""
@@ -84,7 +87,7 @@ def backend(settings: Settings) -> Backend:
     url = read_address(settings.data_dir, EMBEDDED_NAME)
     if url is None:
         raise ObjectStoreError(
-            "ServiceUnavailable",
+            IS_AWAY,
             f"The embedded object store of {settings.data_dir} is not running. "
             "`outcrop serve` starts it.",
         )
@@ -279,7 +282,7 @@ class ObjectStore:
             raise _translated(error.response, operation, parameters) from error
         except BotoCoreError as error:
             raise ObjectStoreError(
-                "ServiceUnavailable",
+                IS_AWAY,
                 f"The object store at {self.backend.url} does not answer: {error}",
             ) from error
 
@@ -322,7 +325,7 @@ class _ObjectReader(io.RawIOBase):
             except (HTTPClientError, IncompleteReadError, OSError) as error:
                 if attempt == _ATTEMPTS:
                     raise ObjectStoreError(
-                        "ServiceUnavailable",
+                        IS_AWAY,
                         f"{self._uri} broke off after {self._position} bytes: {error}",
                     ) from error
                 self._body.close()
@@ -347,7 +350,7 @@ def _etag(answer: dict[str, Any]) -> str:
 
 
 # An answer to HEAD has no body, so its error has only the status.
-_HEAD_CODES = {"403": "AccessDenied", "400": "BadRequest"}
+_HEAD_CODES = {"403": "AccessDenied", "400": "BadRequest", "503": IS_AWAY}
 _NOT_FOUND = {"head_object": "NoSuchKey", "head_bucket": "NoSuchBucket"}
 
 

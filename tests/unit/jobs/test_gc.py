@@ -121,6 +121,22 @@ def test_the_newest_job_logs_are_kept_and_those_of_live_jobs(
     assert found(settings, engine) == {"logs/jobs/ended0.log": (5, "log of an ended job")}
 
 
+def test_empty_folder_that_was_filled_meanwhile_is_left_alone(
+    settings: Settings, engine: Engine
+) -> None:
+    data = settings.data_dir
+    for name in ("work/filled", "work/empty"):
+        (data / name).mkdir(parents=True)
+    age(data)
+    garbage = gc.find_garbage(settings, engine)
+    assert [item.path.name for item in garbage] == ["empty", "filled"]
+    kept = put(data, "work/filled/2/state.bin")
+    for item in (*garbage, *garbage):
+        gc.remove(item)
+    assert kept.exists()
+    assert not (data / "work" / "empty").exists()
+
+
 def test_removed_garbage_is_gone_and_removing_it_again_is_no_error(
     settings: Settings, engine: Engine
 ) -> None:

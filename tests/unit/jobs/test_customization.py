@@ -1,0 +1,247 @@
+"""A job's way from its row to its model, on a model of two layers and a store in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import Engine
+from tests.assets import tiny_tokenizer as tiny
+from tests.assets.tiny_model import write_tiny_model
+from tests.unit.jobs.memory_store import BUCKET, MemoryStore
+from tests.unit.store.build import ACCOUNT, BASE_ARN, REGION, claimed, queued
+from tests.unit.store.syncs import record_syncs
+
+from outcrop.errors import DataError, LeaseLost, StopRequested, ValidationException
+from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE, bootstrap
+from outcrop.ids import S3Uri, new_id, role_arn
+from outcrop.jobs import artifacts, customization
+from outcrop.models.catalog import load_catalog
+from outcrop.models.describe import add_model
+from outcrop.models.lora import load_adapter
+from outcrop.settings import Settings, child_environment
+from outcrop.store import events, jobs, models
+from outcrop.store.database import connect, migrate, transaction
+from outcrop.store.rows import Job
+
+REPOSITORY = Path(__file__).parents[3]
+MODEL_ID = "mylab.tiny-v1:0"
+TRAINING = S3Uri(BUCKET, "train.jsonl")
+OUTPUT = S3Uri(BUCKET, "output")
+STAGES = ("validation", "dataProcessing", "training")
+RECORDS = b"".join(
+    json.dumps({"prompt": f"question {number}", "completion": " yes"}).encode() + b"\n"
+    for number in range(10)
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), vocab_size=400)
+    return tiny.write_tokenizer(folder, tiny.CHATML_TEMPLATE, tiny.CHATML_TOKENS, eos="<|im_end|>")
+
+
+@pytest.fixture
+def settings(data_dir: Path, folder: Path) -> Settings:
+    settings = Settings(data_dir=data_dir)
+    # The family whose jobs draw their validation records from the training records.
+    add_model(settings, folder, MODEL_ID, license="mit", family="cohere-command")
+    return settings
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[Engine]:
+    engine = connect(settings.effective_database_url)
+    migrate(engine)
+    bootstrap(engine, settings)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def objects() -> MemoryStore:
+    return MemoryStore(**{TRAINING.key: RECORDS})
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def held(settings: Settings, engine: Engine, **spec: Any) -> Job:
+    """A job that was just claimed."""
+    base = load_catalog(settings).resolve(MODEL_ID)
+    assert base is not None
+    whole = {
+        "baseModelId": MODEL_ID,
+        "baseModelArn": BASE_ARN,
+        "weights": base.weights,
+        "customizationType": "FINE_TUNING",
+        "hyperParameters": {},
+        "userHyperParameters": {"epochCount": "1", "batchSize": "8", "evalPercentage": "20"},
+        "trainingDataConfig": {"s3Uri": str(TRAINING)},
+        "outputDataConfig": {"s3Uri": str(OUTPUT)},
+        "roleArn": role_arn(ACCOUNT, CUSTOMIZATION_ROLE),
+        "customModelId": new_id(),
+        "customModelName": "mine",
+        **spec,
+    }
+    with transaction(engine) as connection:
+        return claimed(connection, queued(connection, "a", spec=whole, model_name="mine"))
+
+
+def stage_statuses(engine: Engine, job: Job) -> list[str]:
+    with engine.connect() as connection:
+        return [stage.status for stage in jobs.stages(connection, job.id).values()]
+
+
+def status_of(engine: Engine, job: Job) -> str:
+    with engine.connect() as connection:
+        now = jobs.get_job_by_id(connection, job.id)
+    assert now is not None
+    return now.status
+
+
+def test_job_goes_stage_by_stage_to_its_model(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    job = held(settings, engine)
+    customization.run(settings, engine, job, lambda: False, objects=objects)
+    assert status_of(engine, job) == "completed"
+    assert stage_statuses(engine, job) == ["Completed"] * 3
+    with engine.connect() as connection:
+        types = [event.type for event in events.list_events(connection, job.id)]
+        model = models.get_model(connection, ACCOUNT, REGION, "mine")
+    begun_and_ended = [f"{stage}:{how}" for stage in STAGES for how in ("InProgress", "Completed")]
+    assert types == ["Queued", "Started", *begun_and_ended[:-1], "Completed"]
+    assert model is not None
+    assert len(model.metrics["validationMetrics"]) == 1
+    assert load_adapter(settings.data_dir / model.artifact_path).tensors
+    steps = objects.content[artifacts.step_metrics_object(OUTPUT, job.id)]
+    assert len(steps.splitlines()) == 1 + 1, "8 of the 10 records are left: one batch"
+
+
+def test_job_computes_with_the_cores_that_were_set_aside_for_it(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    job = held(settings, engine)
+    customization.run(settings, engine, job, lambda: False, objects=objects)
+    assert (job.cores, torch.get_num_threads()) == (1, 1)
+
+
+def test_model_is_on_the_disk_before_its_row_says_so(
+    settings: Settings, engine: Engine, objects: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = held(settings, engine)
+    place = artifacts.model_folder(settings, job.spec["customModelId"], job.fence)
+    synced = record_syncs(monkeypatch, lambda path: statuses.append(status_of(engine, job)))
+    statuses: list[str] = []
+    customization.run(settings, engine, job, lambda: False, objects=objects)
+    assert set(statuses) == {"running"}
+    work = artifacts.work_folder(settings, job.id, job.fence) / "artifact"
+    assert {work, *(work / file.name for file in place.iterdir())} <= set(synced)
+    parents = [place.parent, *place.parent.parents]
+    names = parents[: parents.index(settings.data_dir) + 1]
+    assert synced[-len(names) :] == names, "after the files, each folder that leads to them"
+
+
+def test_record_that_cannot_be_used_ends_the_data_stage_with_file_and_line(
+    settings: Settings, engine: Engine
+) -> None:
+    job = held(settings, engine)
+    objects = MemoryStore(**{TRAINING.key: RECORDS + b'{"prompt": "no answer"}\n'})
+    with pytest.raises(DataError) as raised:
+        customization.run(settings, engine, job, lambda: False, objects=objects)
+    assert (raised.value.file, raised.value.line) == (str(TRAINING), 11)
+    assert stage_statuses(engine, job) == ["Completed", "InProgress", "NotStarted"]
+    with transaction(engine) as connection:
+        jobs.fail_job(connection, job.id, job.fence, str(raised.value))
+    assert stage_statuses(engine, job) == ["Completed", "Failed", "NotStarted"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"roleArn": role_arn(ACCOUNT, "nobody")}, "role/nobody does not exist"),
+        ({"userHyperParameters": {"epochCount": "0"}}, "epochCount is '0'"),
+        ({"outputDataConfig": {"s3Uri": "s3://nowhere/x"}}, "nowhere. The bucket does not exist"),
+        ({"trainingDataConfig": {"s3Uri": f"s3://{BUCKET}/x"}}, "no object with this key"),
+    ],
+)
+def test_what_is_known_without_the_data_ends_the_first_stage(
+    settings: Settings, engine: Engine, objects: MemoryStore, spec: dict[str, Any], says: str
+) -> None:
+    job = held(settings, engine, **spec)
+    with pytest.raises(ValidationException, match=says):
+        customization.run(settings, engine, job, lambda: False, objects=objects)
+    assert stage_statuses(engine, job) == ["InProgress", "NotStarted", "NotStarted"]
+
+
+FAILS = """
+import sys
+from functools import partial
+from tests.unit.jobs.memory_store import MemoryStore
+from outcrop.jobs import customization
+from outcrop.jobs.attempt import StopFlag, run_attempt
+from outcrop.settings import load_settings
+from outcrop.store.database import connect
+settings = load_settings()
+run = partial(customization.run, objects=MemoryStore(**{"train.jsonl": b"{}"}))
+engine = connect(settings.effective_database_url)
+assert run_attempt(settings, engine, sys.argv[1], int(sys.argv[2]), StopFlag(), run=run) == 0
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+
+
+def test_job_that_fails_its_checks_does_not_wait_for_torch(
+    settings: Settings, engine: Engine
+) -> None:
+    job = held(settings, engine)
+    command = [sys.executable, "-c", FAILS, job.id, str(job.fence)]
+    environment = {**child_environment(settings), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert status_of(engine, job) == "failed"
+    assert stage_statuses(engine, job) == ["Completed", "Failed", "NotStarted"]
+
+
+def test_stop_is_heard_between_the_stages(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    job = held(settings, engine)
+    for heard, expected in (
+        (1, ["InProgress", "NotStarted", "NotStarted"]),
+        (2, ["Completed", "InProgress", "NotStarted"]),
+    ):
+        answer = iter([False] * (heard - 1) + [True]).__next__
+        with pytest.raises(StopRequested):
+            customization.run(settings, engine, job, answer, objects=objects)
+        assert stage_statuses(engine, job) == expected
+
+
+def test_attempt_that_lost_its_lease_publishes_nothing(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    job = held(settings, engine)
+
+    def lose() -> bool:
+        with transaction(engine) as connection:
+            jobs.requeue(connection, job.id, job.fence, "taken away")
+        return False
+
+    with pytest.raises(LeaseLost):
+        customization.run(settings, engine, job, lose, objects=objects)
+    with engine.connect() as connection:
+        assert models.get_model(connection, ACCOUNT, REGION, "mine") is None
+    assert not artifacts.model_folder(settings, job.spec["customModelId"], job.fence).exists()

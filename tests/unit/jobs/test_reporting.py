@@ -1,0 +1,106 @@
+"""What an attempt reports: to the row it holds and to the owner's bucket, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine
+from tests.unit.jobs.memory_store import BUCKET, MemoryStore
+from tests.unit.store.build import claimed, running
+
+from outcrop.errors import LeaseLost, ObjectStoreError
+from outcrop.ids import S3Uri
+from outcrop.jobs import artifacts
+from outcrop.jobs.reporting import Reporter
+from outcrop.store import jobs
+from outcrop.store.database import transaction
+from outcrop.store.rows import Job
+from outcrop.train.metrics import StepRow, ValidationRow
+
+OUTPUT = S3Uri(BUCKET, "output")
+
+
+def step(number: int = 0) -> StepRow:
+    return StepRow(
+        step_number=number,
+        epoch_number=0,
+        training_loss=2.5,
+        perplexity=12.2,
+        num_tokens=100,
+        seconds=0.5,
+    )
+
+
+def held(engine: Engine) -> Job:
+    with transaction(engine) as connection:
+        return running(connection, "a")
+
+
+def reporter(engine: Engine, objects: MemoryStore, job: Job) -> Reporter:
+    return Reporter(engine, objects, job, OUTPUT, total_steps=4, num_epochs=2)
+
+
+def as_it_stands(engine: Engine, job: Job) -> Job:
+    with engine.connect() as connection:
+        now = jobs.get_job_by_id(connection, job.id)
+    assert now is not None
+    return now
+
+
+def test_progress_is_counted_and_measured(engine: Engine) -> None:
+    job = held(engine)
+    report = reporter(engine, MemoryStore(), job)
+    report.on_validation(ValidationRow(0, 0, 3.0, 20.1))
+    report.on_step(step())
+    report.on_validation(ValidationRow(1, 0, 2.0, 7.4))
+    assert as_it_stands(engine, job).progress == {
+        "stage": "training",
+        "step": 1,
+        "totalSteps": 4,
+        "epoch": 0.5,
+        "trainingLoss": 2.5,
+        "tokensPerSecond": 200.0,
+        "etaSeconds": 1.5,
+        "validationLoss": 2.0,
+        "baseValidationLoss": 3.0,
+    }
+
+
+def test_metrics_are_in_the_bucket_at_the_end(engine: Engine) -> None:
+    job = held(engine)
+    objects = MemoryStore()
+    report = reporter(engine, objects, job)
+    for number in range(4):
+        report.on_step(step(number))
+    report.on_validation(ValidationRow(4, 1, 2.0, 7.4))
+    report.finish()
+    steps = objects.content[artifacts.step_metrics_object(OUTPUT, job.id)]
+    assert len(steps.splitlines()) == 1 + 4
+    for uri in artifacts.validation_metrics_objects(OUTPUT, job.id):
+        assert b"2.0" in objects.content[uri]
+
+
+def test_attempt_that_lost_its_lease_writes_nothing_more(engine: Engine) -> None:
+    job = held(engine)
+    objects = MemoryStore()
+    report = reporter(engine, objects, job)
+    with transaction(engine) as connection:
+        jobs.requeue(connection, job.id, job.fence, "taken away")
+        claimed(connection, job, "another")
+    before = as_it_stands(engine, job)
+    with pytest.raises(LeaseLost):
+        report.on_validation(ValidationRow(0, 0, 3.0, 20.1))
+    with pytest.raises(LeaseLost):
+        report.finish()
+    assert as_it_stands(engine, job) == before
+    assert objects.content == {}
+
+
+def test_bucket_may_be_away_meanwhile_but_not_at_the_end(engine: Engine) -> None:
+    job = held(engine)
+    objects = MemoryStore()
+    report = reporter(engine, objects, job)
+    objects.go_away()
+    report.on_validation(ValidationRow(0, 0, 3.0, 20.1))
+    assert as_it_stands(engine, job).progress["validationLoss"] == 3.0
+    with pytest.raises(ObjectStoreError):
+        report.finish()
