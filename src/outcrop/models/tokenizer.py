@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The number of ids, control tokens included."""
         return self._scaffold.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The characters of the longest token: a text of n characters has n / that many tokens or
+        more. In byte-level vocabularies a token has a character for each of its bytes."""
+        return max(map(len, self._scaffold.get_vocab()))
 
     def encode(self, text: str) -> list[int]:
         """Encode text of a user or of a model; control tokens in it are plain characters.

@@ -16,11 +16,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -83,18 +82,8 @@ class Engine(Protocol):
             ThrottlingException: too many requests are waiting.
         """
 
-    def stream(self, request: GenerationRequest) -> Iterator[Event]:
-        """Yield a request's events; closing the iterator cancels it. Raises as `submit`."""
-
     def cancel(self, number: int) -> None:
         """Give up a request before its next token; one that has ended is left alone."""
-
-    def load_adapter(self, artifact: Path) -> None:
-        """Bring a custom model's weights into memory before they are asked for.
-
-        Raises:
-            ModelErrorException: they cannot be read or do not fit.
-        """
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Return how many tokens the prompt has.
@@ -160,7 +149,6 @@ class TorchEngine:
         self._tasks: dict[int, _Task] = {}
         self._waiting: deque[int] = deque()
         self._active: deque[int] = deque()
-        self._loads: deque[tuple[str, SimpleQueue[ModelError | None]]] = deque()
         self._closing = False
         self._num_requests = self._input_tokens = self._output_tokens = 0
         self._last_used = time.monotonic()
@@ -186,43 +174,15 @@ class TorchEngine:
             self._lock.notify()
         return number
 
-    def stream(self, request: GenerationRequest) -> Iterator[Event]:
-        """See `Engine.stream`."""
-        events: SimpleQueue[Event] = SimpleQueue()
-        number = self.submit(request, events.put)
-
-        def read() -> Iterator[Event]:
-            try:
-                while True:
-                    event = events.get()
-                    yield event
-                    if isinstance(event, Generation | ApiError):
-                        return
-            finally:
-                self.cancel(number)
-
-        return read()
-
     def cancel(self, number: int) -> None:
         """See `Engine.cancel`."""
         with self._lock:
             if task := self._tasks.get(number):
                 task.cancelled = True
 
-    def load_adapter(self, artifact: Path) -> None:
-        """See `Engine.load_adapter`."""
-        answer: SimpleQueue[ModelError | None] = SimpleQueue()
-        with self._lock:
-            if self._closing:
-                raise _ending()
-            self._loads.append((str(artifact), answer))
-            self._lock.notify()
-        if error := answer.get():
-            raise _unusable(error) from error
-
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """See `Engine.count_tokens`."""
-        return len(render_prompt(self.renderer, messages))
+        return len(render_prompt(self.renderer, messages, self.max_context))
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -261,23 +221,19 @@ class TorchEngine:
         torch.set_num_threads(self._threads)
         while True:
             with self._lock:
-                while not (self._closing or self._waiting or self._active or self._loads):
+                while not (self._closing or self._waiting or self._active):
                     self._lock.wait()
                 if self._closing:
                     break
-                loads, self._loads = self._loads, deque()
                 self._admit()
-                number = self._active.popleft() if self._active else None
-                task = None if number is None else self._tasks[number]
-            for artifact, answer in loads:
-                answer.put(self._load(artifact))
-            if task is not None and number is not None:
-                done = self._turn(task)
-                with self._lock:
-                    if done:
-                        self._end(number, task)
-                    else:
-                        self._active.append(number)
+                number = self._active.popleft()
+                task = self._tasks[number]
+            done = self._turn(task)
+            with self._lock:
+                if done:
+                    self._end(number, task)
+                else:
+                    self._active.append(number)
         self._end_all()
 
     def _admit(self) -> None:
@@ -307,28 +263,21 @@ class TorchEngine:
                 if isinstance(event, Generation):
                     return True
         except ApiError as error:
-            task.deliver(error)
+            _deliver_last(task, error)
             return True
         except ModelError as error:
             logger.error("the custom model %s cannot be used: %s", task.request.adapter, error)
-            task.deliver(_unusable(error))
+            _deliver_last(task, _unusable())
             return True
-        # One request that fails in a way nobody foresaw must not end all others.
+        # Whatever a library raises on one request: the thread that ends with it answers all others.
         except Exception:
             logger.exception("a request failed")
-            task.deliver(
-                ModelErrorException("The model failed on this request; the server's log says why.")
+            _deliver_last(
+                task,
+                ModelErrorException("The model failed on this request; the server's log says why."),
             )
             return True
         return False
-
-    def _load(self, artifact: str) -> ModelError | None:
-        try:
-            self._adapters.load(artifact)
-        except ModelError as error:
-            logger.error("the custom model %s cannot be used: %s", artifact, error)
-            return error
-        return None
 
     def _end(self, number: int, task: _Task) -> None:
         del self._tasks[number]
@@ -340,19 +289,24 @@ class TorchEngine:
     def _end_all(self) -> None:
         with self._lock:
             tasks, self._tasks = list(self._tasks.values()), {}
-            loads, self._loads = self._loads, deque()
         for task in tasks:
             if not task.cancelled:
-                task.deliver(_ending())
-        for _, answer in loads:
-            answer.put(ModelError("the model server is ending"))
+                _deliver_last(task, _ending())
+
+
+def _deliver_last(task: _Task, error: ApiError) -> None:
+    """Deliver a request's error; one that takes no events must not end the engine's thread."""
+    try:
+        task.deliver(error)
+    except Exception:
+        logger.exception("an error could not be delivered: %s", error)
 
 
 def _ending() -> ApiError:
     return ServiceUnavailableException("The model server is ending. Try again.")
 
 
-def _unusable(error: ModelError) -> ApiError:
+def _unusable() -> ApiError:
     # The details hold paths of this machine; they are in the log.
     return ModelErrorException(
         "The weights of the custom model cannot be used: they are missing, damaged or do not fit "

@@ -11,12 +11,22 @@ from outcrop.errors import DataError, ValidationException
 from outcrop.serve.request import SamplingParams
 
 
-def render_prompt(renderer: Renderer, messages: Sequence[Message]) -> list[int]:
+def render_prompt(renderer: Renderer, messages: Sequence[Message], max_context: int) -> list[int]:
     """Return the prompt's tokens.
 
     Raises:
-        ValidationException: the messages are in an order the model's template does not know.
+        ValidationException: the messages are in an order the model's template does not know, or
+            are longer than any text of `max_context` tokens: what can never fit is not encoded,
+            which would take many seconds for the longest body.
     """
+    most = max_context * renderer.tokenizer.longest_token
+    num_characters = sum(len(message.text) for message in messages)
+    if num_characters > most:
+        raise ValidationException(
+            f"The prompt has {num_characters:,} characters, and the model's context holds "
+            f"{max_context:,} tokens, which is {most:,} characters at the very most. Shorten the "
+            "prompt."
+        )
     try:
         return renderer.render_prompt(messages)
     except DataError as error:
@@ -31,8 +41,10 @@ def fit_prompt(
     Raises:
         ValidationException: they do not fit into `max_context` together; names both numbers.
     """
-    ids = render_prompt(renderer, messages)
     wanted = sampling.max_tokens
+    if wanted is not None and sampling.truncate != "none":
+        messages = _shorten(renderer, messages, sampling, max_context)
+    ids = render_prompt(renderer, messages, max_context)
     if wanted is None:
         if len(ids) >= max_context:
             raise ValidationException(
@@ -41,7 +53,7 @@ def fit_prompt(
             )
         return ids, max_context - len(ids)
     if len(ids) + wanted > max_context and sampling.truncate != "none" and wanted < max_context:
-        ids = _cut(renderer, messages, len(ids) + wanted - max_context, sampling, ids)
+        ids = _cut(renderer, messages, max_context - wanted, sampling, ids)
     if len(ids) + wanted > max_context:
         raise ValidationException(
             f"The prompt has {len(ids)} tokens and up to {wanted} are asked for as the answer, but "
@@ -51,15 +63,27 @@ def fit_prompt(
     return ids, wanted
 
 
+def _shorten(
+    renderer: Renderer, messages: Sequence[Message], sampling: SamplingParams, max_context: int
+) -> Sequence[Message]:
+    """Take off the last message's text what no context holds, without encoding it."""
+    *before, last = messages
+    most = max_context * renderer.tokenizer.longest_token
+    room = max(0, most - sum(len(message.text) for message in before))
+    if len(last.text) <= room:
+        return messages
+    text = last.text[:room] if sampling.truncate == "end" else last.text[len(last.text) - room :]
+    return (*before, replace(last, text=text))
+
+
 def _cut(
     renderer: Renderer,
     messages: Sequence[Message],
-    surplus: int,
+    limit: int,
     sampling: SamplingParams,
     ids: list[int],
 ) -> list[int]:
-    """Take tokens off one end of the last message's text until the prompt fits."""
-    limit = len(ids) - surplus
+    """Take tokens off one end of the last message's text until the prompt has `limit` of them."""
     *before, last = messages
     text_ids = renderer.tokenizer.encode(last.text)
     # Text that is cut may take a token more when it is encoded anew, so it may need another round.
@@ -67,5 +91,5 @@ def _cut(
         surplus = len(ids) - limit
         text_ids = text_ids[:-surplus] if sampling.truncate == "end" else text_ids[surplus:]
         text = renderer.decode(text_ids)
-        ids = render_prompt(renderer, (*before, replace(last, text=text)))
+        ids = render_prompt(renderer, (*before, replace(last, text=text)), len(ids))
     return ids

@@ -61,3 +61,27 @@ def test_what_cannot_fit_by_cutting_the_last_message_is_refused(renderer: Render
 def test_an_answer_as_long_as_the_context_is_refused(renderer: Renderer) -> None:
     with pytest.raises(ValidationException, match="in all"):
         fit_prompt(renderer, LONG, SamplingParams(max_tokens=CONTEXT, truncate="end"), CONTEXT)
+
+
+def test_what_no_context_holds_is_refused_without_being_encoded(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(text: str) -> list[int]:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(renderer.tokenizer, "encode", encode)
+    endless = (Message("user", "w" * (CONTEXT * renderer.tokenizer.longest_token + 1)),)
+    for sampling in (SamplingParams(max_tokens=5), SamplingParams(max_tokens=None)):
+        with pytest.raises(ValidationException, match=f"{len(endless[0].text):,} characters"):
+            fit_prompt(renderer, endless, sampling, CONTEXT)
+
+
+@pytest.mark.parametrize(("truncate", "kept"), [("start", "END"), ("end", "START")])
+def test_what_no_context_holds_is_cut_where_that_is_asked_for(
+    renderer: Renderer, truncate: Truncate, kept: str
+) -> None:
+    endless = (Message("system", "Be brief."), Message("user", "START" + "w" * 50_000 + "END"))
+    sampling = SamplingParams(max_tokens=20, truncate=truncate)
+    ids, _ = fit_prompt(renderer, endless, sampling, CONTEXT)
+    assert len(ids) == CONTEXT - 20
+    assert kept in renderer.decode(ids)

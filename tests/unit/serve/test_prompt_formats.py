@@ -376,16 +376,18 @@ def test_several_violations_are_counted_and_told() -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"", "not JSON"),
-        (b"{", "line 1 column 2"),
+        (b"", "empty"),
+        (b"{", "line 1, column 2"),
+        (b'{"prompt": "a", "prompt": "b"}', "'prompt' twice"),
+        (b'{"prompt": "a\\u0000"}', "U+0000"),
         (b'{"prompt": "Hi",}', "not JSON"),
         (b'{"prompt": NaN}', "NaN"),
         (b"\xff\xfe{\x00", "not UTF-8"),
         (b'{"prompt": "\xed\xa0\x80"}', "not UTF-8"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
         (b'{"\\ud800": 1}', "surrogate"),
-        (b"[" * 200_000, "nested"),
-        (b'{"prompt": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b"[" * 200_000, "nests deeper"),
+        (b'{"prompt": ' + b"1" * 5000 + b"}", "number"),
     ],
 )
 def test_a_body_that_cannot_be_read_is_refused_with_the_reason(body: bytes, reason: str) -> None:

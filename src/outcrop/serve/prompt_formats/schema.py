@@ -10,12 +10,13 @@ Source: the texts are those of org.everit.json.schema, as seen in answers of the
 
 from __future__ import annotations
 
-import json
+import codecs
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
-from outcrop.errors import ValidationException
+from outcrop.errors import ApiError, ValidationException
+from outcrop.wire.document import read_json
 
 Kind = Literal["string", "number", "integer", "boolean", "strings", "object", "objects", "any"]
 
@@ -55,25 +56,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """Read a body as a JSON object.
 
     Raises:
-        ValidationException: the body is not UTF-8, not JSON, not an object, or holds text that is
-            not Unicode.
+        ValidationException: the body is not an object in strict JSON, as `wire.document` reads it.
     """
+    if not body.strip():
+        refuse_json("The body is empty.")
     try:
-        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
-        if b"\\u" in body:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        refuse_json(f"The body is not UTF-8: byte {error.start} is {body[error.start]:#04x}.")
-    except UnicodeEncodeError:
-        refuse_json("The body holds half of a surrogate pair, which is not a character.")
-    except RecursionError:
-        refuse_json("The body is nested too deeply.")
-    except json.JSONDecodeError as error:
-        refuse_json(
-            f"The body is not JSON: {error.msg} at line {error.lineno} column {error.colno}."
-        )
-    except ValueError as error:
-        refuse_json(f"The body is not JSON: {error}.")
+        value = read_json(body.removeprefix(codecs.BOM_UTF8))
+    except ApiError as error:
+        refuse_json(error.message)
     if not isinstance(value, dict):
         refuse(f"#: expected type: JSONObject, found: {_type_name(value)}")
     return value
@@ -191,10 +181,6 @@ def _list(value: list[Any], field: Field, path: str, violations: list[str]) -> l
         return value
     item = _STRING_ITEM if field.kind == "strings" else Field("object", fields=field.fields)
     return [_value(each, item, f"{path}/{place}", violations) for place, each in enumerate(value)]
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _is(value: Any, type_name: str) -> bool:
