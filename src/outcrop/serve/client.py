@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import httpx
 
@@ -26,7 +26,6 @@ from outcrop.serve.request import (
 )
 
 CONNECT_SECONDS = 5.0
-READY_SECONDS = 2.0
 
 # A socket of this machine needs no certificates; a context of its own costs each call 0.25 ms.
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -61,7 +60,7 @@ class ModelClient:
         """
         done = False
         async with (
-            self._open("POST", "/generate", request_to_json(request)) as response,
+            self._open("/generate", request_to_json(request)) as response,
             aclosing(_lines(response)) as lines,
         ):
             async for line in lines:
@@ -75,52 +74,25 @@ class ModelClient:
 
     async def count(self, messages: Sequence[Message]) -> int:
         """Return how many tokens the prompt has. Raises as `stream`."""
-        answer = await self._ask("POST", "/count", messages_to_json(tuple(messages)))
-        return int(answer["input_tokens"])
-
-    async def load_adapter(self, artifact: str) -> None:
-        """Have a custom model's weights loaded before they are asked for. Raises as `stream`."""
-        await self._ask("POST", "/load", json.dumps({"adapter": artifact}).encode())
-
-    async def stats(self) -> Mapping[str, Any]:
-        """Return the figures of the server: those of `EngineStats`, and of the process.
-
-        Raises:
-            ServingError, ModelErrorException: as `stream`.
-        """
-        return await self._ask("GET", "/stats")
-
-    async def is_ready(self) -> bool:
-        """Return whether a model server answers at the socket now."""
-        try:
-            async with self._open("GET", "/healthz", read_seconds=READY_SECONDS) as response:
-                return response.status_code == httpx.codes.OK
-        except (ServingError, ModelErrorException):
-            return False
-
-    async def _ask(self, method: str, path: str, body: bytes = b"") -> dict[str, Any]:
-        async with self._open(method, path, body) as response:
+        async with self._open("/count", messages_to_json(tuple(messages))) as response:
             text = b"".join([chunk async for chunk in response.aiter_bytes()])
-        if response.status_code != httpx.codes.OK:
+        if response.is_error:
             error = event_from_json(text)
             assert isinstance(error, ApiError)
             raise error
-        answer: dict[str, Any] = json.loads(text)
-        return answer
+        return int(json.loads(text)["input_tokens"])
 
     @asynccontextmanager
-    async def _open(
-        self, method: str, path: str, body: bytes = b"", read_seconds: float | None = None
-    ) -> AsyncIterator[httpx.Response]:
+    async def _open(self, path: str, body: bytes) -> AsyncIterator[httpx.Response]:
         # Reading an answer may take as long as its caller allows; the caller counts.
-        limits = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
+        limits = httpx.Timeout(None, connect=CONNECT_SECONDS)
         transport = httpx.AsyncHTTPTransport(uds=str(self._socket), verify=_NO_TLS, trust_env=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://model-server", timeout=limits, trust_env=False
         ) as client:
             begun = False
             try:
-                async with client.stream(method, path, content=body) as response:
+                async with client.stream("POST", path, content=body) as response:
                     begun = True
                     if response.is_error and "json" not in response.headers.get("content-type", ""):
                         raise ModelErrorException(

@@ -2,9 +2,7 @@
 
     POST /generate  a GenerationRequest; answers NDJSON events as `serve/request.py` has them
     POST /count     messages; answers {"input_tokens": n}
-    POST /load      {"adapter": folder}; reads a custom model's weights ahead of their use
-    GET  /stats     figures of engine and process
-    GET  /healthz   ok
+    GET  /stats     figures of engine and process, for its owner: `curl --unix-socket`
 
 The event loop only moves bytes: tokens are drawn in the engine's thread and prompts are rendered in
 others, so it answers while the model computes. Knows no accounts and no body formats.
@@ -14,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 import os
 import resource
@@ -32,7 +29,7 @@ import anyio.to_thread
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -145,11 +142,6 @@ def make_app(engine: Engine, weights_key: str, *, timeout_seconds: float) -> Sta
             {"input_tokens": await anyio.to_thread.run_sync(engine.count_tokens, messages)}
         )
 
-    async def load(request: Request) -> Response:
-        artifact = _read(lambda body: Path(json.loads(body)["adapter"]), await request.body())
-        await anyio.to_thread.run_sync(engine.load_adapter, artifact)
-        return JSONResponse({})
-
     async def stats(request: Request) -> Response:
         return JSONResponse(
             {
@@ -161,9 +153,6 @@ def make_app(engine: Engine, weights_key: str, *, timeout_seconds: float) -> Sta
             }
         )
 
-    async def healthz(request: Request) -> Response:
-        return PlainTextResponse("ok")
-
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
@@ -173,9 +162,7 @@ def make_app(engine: Engine, weights_key: str, *, timeout_seconds: float) -> Sta
         routes=[
             Route("/generate", generate, methods=["POST"]),
             Route("/count", count, methods=["POST"]),
-            Route("/load", load, methods=["POST"]),
             Route("/stats", stats),
-            Route("/healthz", healthz),
         ],
         exception_handlers={ApiError: _answer_error},
         lifespan=lifespan,

@@ -54,8 +54,7 @@ def test_without_a_socket_there_is_a_serving_error(tmp_path: Path) -> None:
         asyncio.run(client.generate(REQUEST))
     assert str(tmp_path) not in str(caught.value)
     with pytest.raises(ServingError):
-        asyncio.run(client.stats())
-    assert not asyncio.run(client.is_ready())
+        asyncio.run(client.count(REQUEST.messages))
 
 
 def test_a_refused_connection_is_a_serving_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tests.assets.smollm2 import smollm2_folder
+from tests.unit.serve.tiny_chat import stream
 
 from outcrop.data.records import Message
 from outcrop.models.load import load_base
@@ -26,7 +27,7 @@ def engine() -> Iterator[TorchEngine]:
 
 
 def ask(engine: TorchEngine, sampling: SamplingParams) -> Generation:
-    *_, last = engine.stream(GenerationRequest(FRANCE, sampling))
+    *_, last = stream(engine, GenerationRequest(FRANCE, sampling))
     assert isinstance(last, Generation)
     return last
 

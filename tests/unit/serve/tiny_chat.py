@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaForCausalLM
 
+from outcrop.errors import ApiError
 from outcrop.models.lora import (
     ALL_LINEARS,
     Adapter,
@@ -21,6 +24,8 @@ from outcrop.models.lora import (
     attach,
     save_adapter,
 )
+from outcrop.serve.engine import Engine
+from outcrop.serve.request import Event, Generation, GenerationRequest
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -90,3 +95,18 @@ def reference_ids(model: Any, prompt: list[int], count: int, end: int) -> list[i
         pad_token_id=end,
     )
     return [int(token) for token in found[0, len(prompt) :]]
+
+
+def stream(engine: Engine, request: GenerationRequest) -> Iterator[Event]:
+    """Submit a request now, and return its events as they come; the last one ends them."""
+    events: SimpleQueue[Event] = SimpleQueue()
+    engine.submit(request, events.put)
+
+    def read() -> Iterator[Event]:
+        while True:
+            event = events.get()
+            yield event
+            if isinstance(event, Generation | ApiError):
+                return
+
+    return read()
