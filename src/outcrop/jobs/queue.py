@@ -43,9 +43,7 @@ class Capacity:
 
 
 def capacity(settings: Settings) -> Capacity:
-    """Return what this machine has for jobs: one at a time on two cores, unless `job_slots`
-    says more.
-    """
+    """Return what this machine has for jobs: one on two cores, unless `job_slots` says more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - MEMORY_FOR_THE_REST
     if settings.job_slots:

@@ -1,6 +1,4 @@
-"""What happened to jobs, in order: the outbox from which notifications are sent, and the list
-their owner reads.
-"""
+"""What happened to jobs, in order: an outbox of notifications, and a list for their owner."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Rows of users, access keys, roles and their inline policies. What they mean is decided in
-identity/.
-"""
+"""Rows of users, access keys, roles and inline policies; what they mean is decided elsewhere."""
 
 from __future__ import annotations
 

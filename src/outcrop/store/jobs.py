@@ -358,9 +358,7 @@ def complete_job(
 
 
 def fail_job(connection: Connection, job_id: str, fence: int, message: str) -> bool:
-    """End a held job as failed; one that was stopping ends as stopped. False where the lease is
-    lost.
-    """
+    """End a held job as failed, or as stopped where it was stopping. False: the lease is lost."""
     if end_stopped(connection, job_id, fence):
         return True
     now = datetime.now(UTC)

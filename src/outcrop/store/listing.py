@@ -1,6 +1,4 @@
-"""Pages of a list, by key: the next page begins after the last row of this one, whatever came
-or went meanwhile.
-"""
+"""Pages of a list, by key: one begins after the last row of the one before, whatever came since."""
 
 from __future__ import annotations
 

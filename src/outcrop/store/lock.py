@@ -1,6 +1,4 @@
-"""One service a data directory: a lock that the kernel gives back when its holder ends, however
-it ends.
-"""
+"""One service a data directory: a lock that ends with its holder, however that ends."""
 
 from __future__ import annotations
 

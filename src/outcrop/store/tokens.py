@@ -1,6 +1,4 @@
-"""Client request tokens: a repeated request gets the first one's answer, and nothing happens
-twice.
-"""
+"""Client request tokens: a repeated request gets the first one's answer; nothing happens twice."""
 
 from __future__ import annotations
 

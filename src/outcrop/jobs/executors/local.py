@@ -1,6 +1,4 @@
-"""Attempts as processes of this machine: they end with their worker, and leave the cores to
-requests.
-"""
+"""Attempts as processes of this machine: they end with their worker, and yield to requests."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from outcrop.store.rows import Job
 from outcrop.train.threads import ENVIRONMENT
 
 NICE = 10
-"""Below the gateway and the model servers, so that a small invocation stays quick while a job
-runs.
-"""
+"""Below gateway and model servers, so that a small invocation stays quick while a job runs."""
 COMMAND = (sys.executable, "-m", "outcrop.jobs.attempt")
 
 
