@@ -33,6 +33,12 @@ def test_sh_gets_endpoint_credentials_and_region_to_the_letter() -> None:
     assert environment["AWS_DEFAULT_REGION"] == "us-east-1"
 
 
+def test_no_other_credentials_are_left() -> None:
+    # Source: botocore's names of the session token and of the profile, the older ones included.
+    tokens = {"AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_BEARER_TOKEN_BEDROCK"}
+    assert tokens | {"AWS_PROFILE", "AWS_DEFAULT_PROFILE"} <= set(UNSET)
+
+
 @pytest.mark.parametrize("name", UNSET)
 def test_what_would_win_over_it_is_unset(name: str) -> None:
     assert name not in _after_sh(f"export {name}=other")
