@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
+from botocore.exceptions import ConnectionClosedError, EndpointConnectionError
 from tests.e2e.service import (
     LLAMA,
     PUBLISHED,
@@ -24,6 +25,7 @@ from tests.e2e.service import (
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ATTEMPT, WORKER, MODEL_SERVER = "outcrop.jobs.attempt", "outcrop worker", "outcrop model-server"
+GATEWAY = "outcrop gateway"
 SOME_STEPS = {**PUBLISHED, "epochCount": "6"}  # 18 steps: time to be killed in
 
 
@@ -116,6 +118,20 @@ def test_the_next_invocation_answers_after_the_model_server_was_killed(
     body = json.dumps({"prompt": "Hello", "max_tokens": 2, "temperature": 0})
     runtime = service.client("bedrock-runtime", attempts=8)
     assert runtime.invoke_model(modelId=throughput, body=body)["body"].read()
+
+
+def test_a_killed_gateway_comes_back_where_its_clients_look_for_it(own_service: Service) -> None:
+    pid = own_service.process(GATEWAY).pid
+    os.kill(pid, signal.SIGKILL)
+
+    def answers() -> bool:
+        try:
+            return bool(own_service.client("sts").get_caller_identity())
+        except (ConnectionClosedError, EndpointConnectionError):
+            return False
+
+    wait_for(answers, 30.0, "the gateway to answer on the port that it chose at first")
+    assert own_service.process(GATEWAY).pid != pid
 
 
 def test_an_idle_model_server_is_unloaded_and_comes_back(

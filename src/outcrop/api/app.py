@@ -7,6 +7,8 @@ refused.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -32,7 +34,7 @@ from outcrop.identity.bootstrap import page_key
 from outcrop.ids import new_request_id
 from outcrop.models.catalog import load_catalog
 from outcrop.objects.client import backend
-from outcrop.processes.address import reachable_url
+from outcrop.processes.address import GATEWAY, last_port, reachable_url
 from outcrop.settings import Settings
 from outcrop.store.database import connect
 from outcrop.wire import serialize, sigv4
@@ -164,6 +166,19 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def listen_again(settings: Settings) -> socket.socket | None:
+    """Bind the port that the system chose for an earlier gateway of this service, if it did.
+
+    Clients were told that port, so a gateway that is started again after a crash must have it.
+    """
+    port = last_port(settings.data_dir, GATEWAY) if settings.port == 0 else 0
+    if not port:
+        return None
+    with contextlib.suppress(SettingsError):  # somebody else has it now
+        return listen(dataclasses.replace(settings, port=port))
+    return None
+
+
 def run_gateway(settings: Settings, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM.
 
@@ -172,7 +187,7 @@ def run_gateway(settings: Settings, on_ready: Callable[[str], None]) -> None:
     Raises:
         SettingsError: as `listen`.
     """
-    listener = listen(settings)
+    listener = listen_again(settings) or listen(settings)
     url = reachable_url(*listener.getsockname()[:2])
     config = uvicorn.Config(
         create_app(settings),

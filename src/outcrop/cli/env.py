@@ -7,7 +7,7 @@ import shlex
 from urllib.parse import urlsplit
 
 from outcrop.identity.bootstrap import Credentials
-from outcrop.processes.address import reachable_url, read_address
+from outcrop.processes.address import GATEWAY, reachable_url, read_address
 from outcrop.settings import Settings
 
 UNSET = (
@@ -30,7 +30,7 @@ Variables = dict[str, str | None]
 
 def service_url(settings: Settings, port: int | None) -> str:
     """Return the service's URL: of the given port, else as it runs now, else as it is set."""
-    running = read_address(settings.data_dir, "gateway")
+    running = read_address(settings.data_dir, GATEWAY)
     if port is None and running is not None:
         return running
     return reachable_url(settings.host, settings.port if port is None else port)

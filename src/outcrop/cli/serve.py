@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.identity.bootstrap import bootstrap
 from outcrop.objects import embedded
-from outcrop.processes.address import clear_address, write_address
+from outcrop.processes.address import GATEWAY, clear_address, write_address
 from outcrop.processes.spawn import READY_LINE, ChildSpec
 from outcrop.processes.supervise import ChildState, ChildStatus, Supervisor, describe_exit
 from outcrop.settings import Settings, child_environment
@@ -41,9 +42,12 @@ STOP_SECONDS = 9.0
 """In total, for all processes; SIGTERM is promised to take at most 10 s."""
 LOOK_SECONDS = 0.1
 """How often the rows of wanted model servers are looked at."""
+MAX_KILLED_STARTS = 3
+"""A model server that was killed while it loaded is started again; after so many times in a row
+its requests are told so. One that ends by itself has a reason, which is told at once."""
 FIRST_CLEANING_SECONDS, CLEANING_SECONDS = 60.0, 3600.0
 """When `outcrop gc` runs by itself after the start, and how often from then on."""
-STORE, GATEWAY, WORKER, CLEANING = embedded.NAME, "gateway", "worker", "gc"
+STORE, WORKER, CLEANING = embedded.NAME, "worker", "gc"
 
 
 def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
@@ -92,6 +96,7 @@ class _Service:
         self._looked_at = 0.0
         self._clean_at = time.monotonic() + FIRST_CLEANING_SECONDS
         self._number = 0
+        self._failed_starts: Counter[str] = Counter()
 
     def start(self, give_up: Callable[[], bool]) -> bool:
         """Start everything but the model servers; returns whether all of it answers.
@@ -103,6 +108,7 @@ class _Service:
             # This process holds the lock, so no worker or model server of an earlier one can live.
             jobs.release_worker(connection, self.worker)
             servers.forget_all(connection)
+        clear_address(self.settings.data_dir, GATEWAY)
         embedded_store = not self.settings.s3_endpoint_url
         if embedded_store:
             embedded.add_to(self.supervisor, self.settings)
@@ -160,6 +166,7 @@ class _Service:
             with transaction(self.engine) as connection:
                 servers.mark_ready(connection, row.key, status.pid)
                 throughputs.mark_in_service(connection, row.key)
+            self._failed_starts.pop(row.key, None)
         elif row.state in ("starting", "ready") and state is ChildState.ENDED:
             self._server_ended(row, status)
         elif (
@@ -172,14 +179,21 @@ class _Service:
             self.supervisor.remove(_server_name(row.key))
 
     def _server_ended(self, row: ModelServer, status: ChildStatus | None) -> None:
-        # After a crash the row goes, and the next request for it writes it anew.
+        exit_code = status.exit_code if status is not None else None
+        killed = exit_code is None or exit_code < 0
+        if row.state == "starting":
+            self._failed_starts[row.key] += 1
+        again = row.state == "ready" or (
+            killed and self._failed_starts[row.key] < MAX_KILLED_STARTS
+        )
         with transaction(self.engine) as connection:
-            if row.state == "starting":
-                how = describe_exit(status.exit_code) if status and status.exit_code else "no trace"
+            if again:  # the row goes, and whoever waits for the server writes it anew
+                servers.remove(connection, row.key)
+            else:
+                how = describe_exit(exit_code) if exit_code else "no trace"
                 servers.mark_failed(connection, row.key, f"it ended with {how}")
                 throughputs.mark_failed(connection, row.key, "The model server did not start.")
-            else:
-                servers.remove(connection, row.key)
+                del self._failed_starts[row.key]
         self.supervisor.remove(_server_name(row.key))
 
     def _serve_throughputs(self, key: str, row: ModelServer | None) -> None:

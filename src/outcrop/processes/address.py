@@ -10,6 +10,10 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
+
+GATEWAY = "gateway"
+"""The part that clients talk to."""
 
 _THIS_MACHINE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Who listens everywhere is reached here."""
@@ -44,6 +48,15 @@ def read_address(data_dir: Path, part: str) -> str | None:
         return str(found["url"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def last_port(data_dir: Path, part: str) -> int:
+    """Return the port that `part` had last, whether it still runs or not; 0 where none is known."""
+    try:
+        found = json.loads(address_file(data_dir, part).read_text(encoding="utf-8"))
+        return urlsplit(str(found["url"])).port or 0
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def clear_address(data_dir: Path, part: str) -> None:

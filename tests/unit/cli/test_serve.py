@@ -7,14 +7,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from outcrop.cli.serve import WORKER, _Service
+from outcrop.cli.serve import MAX_KILLED_STARTS, WORKER, _Service
 from outcrop.processes.supervise import ChildState, ChildStatus
 from outcrop.settings import Settings
+from outcrop.store import servers
+from outcrop.store.database import connect, migrate, transaction
 
 
 def failing(error: Exception) -> sa.Engine:
@@ -66,3 +69,38 @@ def test_a_start_that_is_given_up_ends_at_once(data_dir: Path) -> None:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")
     assert "cannot be started" not in err
+
+
+@pytest.fixture
+def service(data_dir: Path) -> Iterator[_Service]:
+    """A service whose processes are never started, over a real database."""
+    settings = Settings(data_dir=data_dir)
+    engine = connect(settings.effective_database_url)
+    migrate(engine, data_dir / "backups")
+    yield _Service(settings, engine, data_dir)
+    engine.dispose()
+
+
+def end_while_starting(service: _Service, exit_code: int) -> str:
+    """Let the model server end while it loads; returns its row's state, or "" where it is gone."""
+    with transaction(service.engine) as connection:
+        servers.want(connection, "tiny")
+        servers.mark_starting(connection, "tiny", "tiny.sock")
+        row = servers.get(connection, "tiny")
+    assert row is not None
+    service._server_ended(
+        row, ChildStatus("model-server:tiny", ChildState.ENDED, None, exit_code, 1, "")
+    )
+    with service.engine.connect() as connection:
+        row = servers.get(connection, "tiny")
+    return row.state if row is not None else ""
+
+
+def test_a_model_server_that_was_killed_while_it_loads_is_wanted_again(service: _Service) -> None:
+    found = [end_while_starting(service, -signal.SIGKILL) for _ in range(MAX_KILLED_STARTS)]
+    assert found == [*[""] * (MAX_KILLED_STARTS - 1), "failed"]
+    assert end_while_starting(service, -signal.SIGKILL) == "", "it is counted anew"
+
+
+def test_a_model_server_that_ends_by_itself_while_it_loads_has_failed(service: _Service) -> None:
+    assert end_while_starting(service, 1) == "failed"
