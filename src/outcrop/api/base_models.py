@@ -25,7 +25,7 @@ def list_foundation_models(context: RequestContext, params: dict[str, Any]) -> d
 def get_foundation_model(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Describe one base model, named by id or ARN."""
     identifier = params["modelIdentifier"]
-    base = context.services.catalog.resolve(identifier)
+    base = context.services.catalog.resolve(identifier, region=context.region)
     model_id = identifier.rpartition("/")[2]
     with context.services.engine.connect() as connection:
         arn = foundation_model_arn(context.region, model_id)

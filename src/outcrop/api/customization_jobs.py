@@ -223,7 +223,7 @@ def _status_details(connection: Connection, job: Job) -> dict[str, Any]:
 
 
 def _base_model(connection: Connection, context: RequestContext, identifier: str) -> BaseModel:
-    base = context.services.catalog.resolve(identifier)
+    base = context.services.catalog.resolve(identifier, region=context.region)
     if base is not None:
         return base
     custom = models.get_model(connection, context.account, context.region, identifier)

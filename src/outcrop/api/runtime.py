@@ -160,7 +160,7 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
     resource = identifier if parsed else foundation_model_arn(region, model_id)
     throughput = custom = None
     with context.services.engine.connect() as connection:
-        base = context.services.catalog.resolve(identifier)
+        base = context.services.catalog.resolve(identifier, region=context.region)
         if base is None:
             # What it names is looked up first, because that is what the caller must be allowed.
             throughput = throughputs.get_throughput(connection, account, region, identifier)

@@ -149,7 +149,7 @@ def _model(
                 "any more. Add it again with `outcrop models add`."
             )
         return custom.arn, custom.foundation_model_arn, custom.spec["weights"]
-    base = catalog.resolve(identifier)
+    base = catalog.resolve(identifier, region=context.region)
     if base is not None:
         arn = foundation_model_arn(context.region, base.customization_id)
         return arn, arn, base.weights

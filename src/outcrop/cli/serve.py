@@ -248,7 +248,10 @@ class _Service:
         if status.name == GATEWAY:
             self.url = status.ready_line
             assert status.pid is not None
-            write_address(self.settings.data_dir, GATEWAY, self.url, status.pid)
+            try:
+                write_address(self.settings.data_dir, GATEWAY, self.url, status.pid)
+            except OSError:  # a full disk: the gateway answers all the same
+                logger.exception("`outcrop env` will not know the gateway's address")
 
     def _on_exit(self, status: ChildStatus) -> None:
         if status.name == WORKER:

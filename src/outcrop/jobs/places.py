@@ -73,12 +73,23 @@ def check_writable(connection: Connection, role: Principal, output: S3Uri) -> No
 
 
 def check_bucket(objects: ObjectStore, uri: S3Uri) -> None:
-    """Refuse unless the bucket exists."""
-    if not objects.bucket_exists(uri.bucket):
-        raise ValidationException(
-            "Could not validate PutObject permissions to access S3 bucket: "
-            f"{uri.bucket}. The bucket does not exist."
-        )
+    """Refuse unless the bucket exists.
+
+    Raises:
+        ValidationException: so it is.
+        ObjectStoreError: the store is away; nothing is known of the bucket.
+    """
+    try:
+        if objects.bucket_exists(uri.bucket):
+            return
+        reason = "The bucket does not exist."
+    except ObjectStoreError as error:
+        if error.code == IS_AWAY:
+            raise
+        reason = str(error)
+    raise ValidationException(
+        f"Could not validate PutObject permissions to access S3 bucket: {uri.bucket}. {reason}"
+    )
 
 
 def check_present(objects: ObjectStore, uri: S3Uri, member: str) -> None:

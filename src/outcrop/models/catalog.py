@@ -151,10 +151,16 @@ class Catalog:
 
     models: tuple[BaseModel, ...]
 
-    def resolve(self, identifier: str) -> BaseModel | None:
-        """Find a model by id, context-suffixed id, alias or foundation-model ARN."""
+    def resolve(self, identifier: str, *, region: str | None = None) -> BaseModel | None:
+        """Find a model by id, context-suffixed id, alias or foundation-model ARN.
+
+        Args:
+            region: an ARN of any other region finds nothing; None takes them all.
+        """
         arn = parse_arn(identifier)
         if arn is not None:
+            if region not in (None, arn.region):
+                return None
             if (arn.service, arn.resource_type, arn.account) != ("bedrock", "foundation-model", ""):
                 return None
             identifier = arn.resource_id

@@ -13,6 +13,7 @@ import contextlib
 import http.client
 import importlib.metadata
 import json
+import logging
 import os
 import random
 import shutil
@@ -32,6 +33,8 @@ from outcrop.processes.address import clear_address, write_address
 from outcrop.processes.spawn import ChildSpec
 from outcrop.processes.supervise import Supervisor
 from outcrop.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 NAME = "object-store"
 """Of the child, of its log, and of its address file."""
@@ -94,7 +97,11 @@ def add_to(supervisor: Supervisor, settings: Settings) -> None:
         status = supervisor.status(NAME)
         if status is None or status.pid is None or not answers(ports):
             return False
-        write_address(settings.data_dir, NAME, ports.url, status.pid)
+        try:
+            write_address(settings.data_dir, NAME, ports.url, status.pid)
+        except OSError:  # a full disk: nobody could find the store, so it is looked at again
+            logger.exception("the object store's address cannot be written")
+            return False
         return True
 
     def refresh(spec: ChildSpec) -> ChildSpec:

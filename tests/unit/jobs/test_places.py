@@ -47,6 +47,10 @@ def test_store_that_refuses_is_quoted(objects: MemoryStore) -> None:
     objects.refusal = "AccessDenied"
     with pytest.raises(ValidationException, match=r"at key train\.jsonl\. AccessDenied: the store"):
         check_present(objects, S3Uri(BUCKET, "train.jsonl"), TRAINING)
+    with pytest.raises(
+        ValidationException, match=rf"S3 bucket: {BUCKET}\. AccessDenied: the store"
+    ):
+        check_bucket(objects, S3Uri(BUCKET, "output"))
 
 
 def test_bucket_that_is_missing_is_refused(objects: MemoryStore) -> None:

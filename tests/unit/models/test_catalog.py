@@ -79,6 +79,13 @@ def test_what_is_not_an_id_of_the_catalogue_is_not_found(identifier: str, data_d
     assert load_catalog(Settings(data_dir=data_dir)).resolve(identifier) is None
 
 
+def test_an_arn_of_another_region_is_not_found(data_dir: Path) -> None:
+    catalog = load_catalog(Settings(data_dir=data_dir))
+    arn = "arn:aws:bedrock:eu-west-1::foundation-model/amazon.titan-text-express-v1"
+    assert catalog.resolve(arn, region="eu-west-1") is not None
+    assert catalog.resolve(arn, region="us-east-1") is None
+
+
 def test_no_two_models_share_an_id() -> None:
     ids = [identifier for model in MODELS for identifier in model.ids]
     assert len(ids) == len(set(ids))
