@@ -17,8 +17,6 @@ HEAVY = ("torch", "transformers")
 MAY_LOAD_TORCH = (
     "train/",
     "evaluate/",
-    "jobs/attempt.py",  # the process that trains
-    "jobs/customization.py",  # imported by the attempt only
     "models/load.py",
     "models/lora.py",
     "serve/adapters.py",
@@ -36,6 +34,7 @@ ENTRIES = (
     "outcrop.cli",
     "outcrop.cli.serve",
     "outcrop.data.examples",
+    "outcrop.jobs.attempt",  # loads it when it begins to train
     "outcrop.jobs.worker",
     "outcrop.serve.client",
     "outcrop.train.plan",
