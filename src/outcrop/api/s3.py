@@ -7,6 +7,7 @@ Source: Amazon S3 API Reference, "Common request headers", "Error responses".
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -33,6 +34,7 @@ from outcrop.api.s3_backend import (
     location_body,
     location_reply,
     pass_on,
+    read_bucket,
 )
 from outcrop.api.s3_body import (
     Upload,
@@ -41,6 +43,7 @@ from outcrop.api.s3_body import (
     read_deleted_objects,
     read_location,
 )
+from outcrop.api.s3_listing import LISTINGS, answer_listing, read_listing
 from outcrop.api.signed import signed_request
 from outcrop.errors import ApiError, InternalServerException, ObjectStoreError
 from outcrop.identity.authorize import authorize_all
@@ -137,6 +140,10 @@ async def _answer(request: Request, services: S3Services, body: _Body, trace: _T
     signed = signed_request(request)
     verified = await anyio.to_thread.run_sync(_verify, services, signed, trace)
     call = verified.call
+    if call.operation in LISTINGS and not services.settings.s3_endpoint_url:
+        listing = read_listing(call.operation, call.bucket, call.query)
+        read = functools.partial(read_bucket, services, call.bucket)
+        return Response(await answer_listing(listing, read), media_type="application/xml")
     content: Upload | bytes = b""
     if call.operation in UPLOADS:
         if call.key.endswith("/") and int(call.headers.get("content-length", "0")):

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Protocol
 from urllib.parse import urlsplit
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 import anyio.to_thread
@@ -125,6 +126,38 @@ async def pass_on(
         if current.url == services.backend.url:
             raise
         return await _send(current, services.http, method, call, content)
+
+
+async def read_bucket(
+    services: S3Services, bucket: str, query: tuple[tuple[str, str], ...]
+) -> bytes:
+    """Return what the store answers to a GET of a bucket.
+
+    Raises:
+        ApiError: the store's own error.
+    """
+    call = S3Call("", bucket, "", query, {})
+    upstream = await pass_on(services, "GET", call, b"")
+    try:
+        body = await upstream.aread()
+    finally:
+        await upstream.aclose()
+    if not upstream.is_success:
+        raise store_error(upstream.status_code, body)
+    return body
+
+
+def store_error(status: int, body: bytes) -> ApiError:
+    """Return an error of the store as one of ours."""
+    try:
+        found = {element.tag: element.text or "" for element in ElementTree.fromstring(body)}
+    except ElementTree.ParseError:
+        found = {}
+    return ApiError(
+        found.get("Message", ""),
+        code=found.get("Code", "InternalError"),
+        http_status=status,
+    )
 
 
 async def _send(
