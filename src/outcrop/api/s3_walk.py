@@ -135,7 +135,7 @@ class Versions:
             held = []
             is_truncated = page.is_truncated and bool(page.entries)
             if is_truncated:
-                last = max(_stored_name(entry, folder) for entry in page.entries)
+                last = max(entry.key[len(folder) :].rstrip("/") for entry in page.entries)
                 # The store cuts the last key's versions off.
                 keys = set(sorted(e.key for e in page.entries if not e.is_folder)[-1:])
                 # And its walk has not come to `a.versions` where it stands at `a-x.versions`.
@@ -144,12 +144,7 @@ class Versions:
                     for end in range(max(1, len(prefix) - len(folder)), len(last) + 1)
                     if last[:end] + _VERSIONS >= last and folder + last[:end] > after
                 }
-                plain = last.removesuffix(_VERSIONS)
-                held = [
-                    entry
-                    for entry in entries
-                    if any(_may_be_preceded(entry, folder, name) for name in (last, plain))
-                ]
+                held = [entry for entry in entries if _may_be_preceded(entry, folder, last)]
                 entries = [
                     entry for entry in entries if entry.key not in keys and entry not in held
                 ]
@@ -168,19 +163,24 @@ class Versions:
 
     async def of_key(self, key: str) -> list[Entry]:
         """Return all versions of one key, newest first."""
-        first = await self._raw_page(key, "", by_folder=True, limit=2)
-        found = [entry for entry in first.entries if entry.key == key and not entry.is_folder]
+        found: list[Entry] = []
         more: Query = ()
-        while True:
+        is_truncated = True
+        while is_truncated:
             page = _parse(await self.read((*_versions_query(f"{key}{_VERSIONS}/"), *more)))
             found += page.entries
-            if not page.is_truncated or not page.entries:
-                unique = {entry.text("VersionId"): entry for entry in found}
-                return _newest_first(unique.values())
-            more = (
-                ("key-marker", key),
-                ("version-id-marker", page.entries[-1].text("VersionId")),
-            )
+            is_truncated = page.is_truncated and bool(page.entries)
+            if found:
+                oldest = found[-1].text("VersionId")
+                more = (("key-marker", key), ("version-id-marker", oldest))
+        # One from before there were versions is kept under the name itself, and listed as oldest.
+        query = (*_versions_query(key, 2), ("delimiter", "/"), *more)
+        found += [
+            entry
+            for entry in _parse(await self.read(query)).entries
+            if entry.key == key and not entry.is_folder
+        ]
+        return _newest_first({entry.text("VersionId"): entry for entry in found}.values())
 
     async def _raw_page(
         self, prefix: str, after: str, *, by_folder: bool = False, limit: int = STORE_PAGE
@@ -294,13 +294,6 @@ def _may_be_preceded(entry: Entry, folder: str, last: str) -> bool:
     name = entry.key[len(folder) : -1]
     rest = last[len(name) :]
     return entry.is_folder and last.startswith(name) and (not rest or rest[0] < "/")
-
-
-def _stored_name(entry: Entry, folder: str) -> str:
-    name = entry.key[len(folder) :].rstrip("/")
-    # A version without an id may be kept under either name; the lesser one is safe.
-    is_plain = entry.is_folder or entry.text("VersionId") in ("", "null")
-    return name if is_plain else name + _VERSIONS
 
 
 def _versions_query(prefix: str, limit: int = STORE_PAGE) -> Query:
