@@ -21,16 +21,14 @@ from starlette.responses import Response
 
 from outcrop.api.s3_actions import (
     S3Call,
-    check_key,
     check_new_bucket,
     delete_permission,
     needed_permissions,
     read_call,
 )
+from outcrop.api.s3_answers import answer, check_call
 from outcrop.api.s3_backend import (
-    PassedOn,
     S3Services,
-    explain_digest,
     location_body,
     location_reply,
     pass_on,
@@ -38,11 +36,12 @@ from outcrop.api.s3_backend import (
 )
 from outcrop.api.s3_body import (
     Upload,
+    check_parts,
     open_upload,
     read_body,
-    read_deleted_objects,
     read_location,
 )
+from outcrop.api.s3_deletion import read_deletion
 from outcrop.api.s3_listing import LISTINGS, answer_listing, read_listing
 from outcrop.api.signed import signed_request
 from outcrop.errors import ApiError, InternalServerException, ObjectStoreError
@@ -144,6 +143,7 @@ async def _answer(request: Request, services: S3Services, body: _Body, trace: _T
         listing = read_listing(call.operation, call.bucket, call.query)
         read = functools.partial(read_bucket, services, call.bucket)
         return Response(await answer_listing(listing, read), media_type="application/xml")
+    await check_call(services, call)
     content: Upload | bytes = b""
     if call.operation in UPLOADS:
         if call.key.endswith("/") and int(call.headers.get("content-length", "0")):
@@ -160,15 +160,32 @@ async def _answer(request: Request, services: S3Services, body: _Body, trace: _T
             aiter(body), call.headers, verified.signature.payload_hash, verified.key
         )
         content = await anyio.to_thread.run_sync(_check_content, services, verified, content)
+    if call.operation == "DeleteObjects" and isinstance(content, bytes):
+        return await _delete_objects(services, call, content, _address(request))
     upstream = await pass_on(services, request.method, call, content)
     if call.operation == "GetBucketLocation" and upstream.is_success:
         await upstream.aclose()
         return location_reply(services.settings.region)
     if call.operation == "HeadBucket":
         upstream.headers["x-amz-bucket-region"] = services.settings.region
-    if upstream.status_code == 400 and isinstance(content, Upload) and content.headers:
-        return await explain_digest(upstream)
-    return PassedOn(upstream, upstream.aiter_raw())
+    return await answer(services, call, upstream, _address(request))
+
+
+async def _delete_objects(
+    services: S3Services, call: S3Call, content: bytes, address: str
+) -> Response:
+    deletion = read_deletion(content)
+    if not deletion.objects:
+        return Response(deletion.answer(b""), media_type="application/xml")
+    upstream = await pass_on(services, "POST", deletion.call(call), deletion.body(content))
+    if not deletion.refused or not upstream.is_success:
+        return await answer(services, call, upstream, address)
+    return Response(deletion.answer(await upstream.aread()), media_type="application/xml")
+
+
+def _address(request: Request) -> str:
+    """Return where the client reaches the service."""
+    return f"{request.url.scheme}://{request.headers['host']}"
 
 
 # --- may they ------------------------------------------------------------------------------------
@@ -236,12 +253,14 @@ def _check_content(services: S3Services, verified: _Verified, content: bytes) ->
     """Check what a body asks for, and return the body to pass on; reads the database."""
     call = verified.call
     if call.operation == "DeleteObjects":
-        objects = read_deleted_objects(content)
-        for item in objects:
-            check_key(item.key)
-        wanted = [delete_permission(call.bucket, item.key, item.version_id) for item in objects]
+        wanted = [
+            delete_permission(call.bucket, item.key, item.version_id)
+            for item in read_deletion(content).objects
+        ]
         with services.engine.connect() as connection:
             authorize_all(connection, verified.principal, wanted)
+    elif call.operation == "CompleteMultipartUpload":
+        check_parts(content)
     elif call.operation == "CreateBucket":
         location, region = read_location(content), services.settings.region
         if location not in ("", region):

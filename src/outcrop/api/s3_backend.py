@@ -91,7 +91,14 @@ _NOT_PASSED_BACK = frozenset(
         b"x-amz-id-2",
     }
 )
-_NOT_PASSED_BACK_PREFIXES = (b"seaweed-", b"x-seaweedfs-", b"access-control-")
+_NOT_PASSED_BACK_PREFIXES = (
+    b"seaweed-",
+    b"x-seaweedfs-",
+    b"access-control-",
+    # The store shows each tag of an object in a header; S3 tells only how many there are.
+    b"x-amz-tagging-",
+)
+_TAGGING_COUNT = b"x-amz-tagging-count"
 
 
 class S3Services(Protocol):
@@ -245,7 +252,10 @@ class PassedOn(StreamingResponse):
             (name.lower(), value)
             for name, value in upstream.headers.raw
             if name.lower() not in _NOT_PASSED_BACK
-            and not name.lower().startswith(_NOT_PASSED_BACK_PREFIXES)
+            and (
+                name.lower() == _TAGGING_COUNT
+                or not name.lower().startswith(_NOT_PASSED_BACK_PREFIXES)
+            )
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -254,24 +264,6 @@ class PassedOn(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._upstream.aclose()
-
-
-async def explain_digest(upstream: httpx.Response) -> Response:
-    """Answer as S3 does where a trailer's checksum was wrong; the backend blames Content-MD5."""
-    parts = [part async for part in upstream.aiter_raw()]
-    if b"<Code>InvalidDigest</Code>" in b"".join(parts):
-        await upstream.aclose()
-        raise ApiError(
-            "The checksum in the trailer did not match the calculated checksum.",
-            code="BadDigest",
-            http_status=400,
-        )
-
-    async def again() -> AsyncIterator[bytes]:
-        for part in parts:
-            yield part
-
-    return PassedOn(upstream, again())
 
 
 def location_body(region: str) -> bytes:

@@ -167,6 +167,16 @@ def read_deleted_objects(body: bytes) -> list[DeletedObject]:
     return objects
 
 
+def check_parts(body: bytes) -> None:
+    """Refuse a CompleteMultipartUpload request that names no parts.
+
+    Raises:
+        ApiError: MalformedXML 400.
+    """
+    if not any(_local(element) == "Part" for element in _read_xml(body)):
+        raise _malformed_xml("it names no parts")
+
+
 def read_location(body: bytes) -> str:
     """Return the region that a CreateBucket request asks for, or "".
 
