@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -279,6 +280,143 @@ def test_content_below_a_folder_marker_is_refused_rather_than_lost(s3: Any, buck
     with pytest.raises(ClientError) as error:
         s3.put_object(Bucket=bucket, Key="folder/", Body=b"would be lost")
     assert code_of(error) == "InvalidRequest"
+
+
+# --- answers of the store that differ from S3's ---------------------------------------------------
+
+
+def test_copy_into_a_missing_bucket_says_so(s3: Any, bucket: str) -> None:
+    s3.put_object(Bucket=bucket, Key="x", Body=b"1")
+    target = {"Bucket": "never-made", "Key": "y", "CopySource": {"Bucket": bucket, "Key": "x"}}
+    with pytest.raises(ClientError) as error:
+        s3.copy_object(**target)
+    assert code_of(error) == "NoSuchBucket"
+    with pytest.raises(ClientError) as error:
+        s3.upload_part_copy(**target, UploadId="u", PartNumber=1)
+    assert code_of(error) == "NoSuchBucket"
+
+
+def test_full_disk_is_named(
+    s3: Any, bucket: str, place: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.put_object(Bucket=bucket, Key="x", Body=b"1")
+    usage = shutil.disk_usage(place.settings.data_dir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    # A copy into a missing bucket is what the store answers with its 500 at will.
+    with pytest.raises(ClientError, match="disk is full, so nothing was changed") as error:
+        s3.copy_object(Bucket="never-made", Key="y", CopySource={"Bucket": bucket, "Key": "x"})
+    assert code_of(error) == "InternalError"
+
+
+def test_folder_that_nobody_put_is_no_object(s3: Any, bucket: str) -> None:
+    s3.put_object(Bucket=bucket, Key="b/1", Body=b"")
+    s3.put_object(Bucket=bucket, Key="real/", Body=b"")
+    with pytest.raises(ClientError) as error:
+        s3.get_object(Bucket=bucket, Key="b/")
+    assert code_of(error) == "NoSuchKey"
+    with pytest.raises(ClientError) as error:
+        s3.head_object(Bucket=bucket, Key="b/")
+    assert code_of(error) == "404"
+    assert s3.head_object(Bucket=bucket, Key="real/")["ContentLength"] == 0
+
+
+def test_folder_does_not_replace_the_object_of_its_name(s3: Any, bucket: str) -> None:
+    for key in ("a", "a/1"):
+        s3.put_object(Bucket=bucket, Key=key, Body=b"kept")
+    with pytest.raises(ClientError) as error:
+        s3.put_object(Bucket=bucket, Key="a/", Body=b"")
+    assert code_of(error) == "ExistingObjectIsFile"
+    assert s3.get_object(Bucket=bucket, Key="a")["Body"].read() == b"kept"
+    for key in ("b/1", "b/", "b/"):
+        s3.put_object(Bucket=bucket, Key=key, Body=b"")
+    assert keys(s3, bucket) == ["a", "a/1", "b/", "b/1"]
+
+
+def test_answers_name_our_address_and_quote_their_etags(
+    place: Gateway, s3: Any, bucket: str
+) -> None:
+    etag = s3.put_object(Bucket=bucket, Key="x", Body=b"1")["ETag"]
+    source = {"Bucket": bucket, "Key": "x"}
+    assert (
+        s3.copy_object(Bucket=bucket, Key="y", CopySource=source)["CopyObjectResult"]["ETag"]
+        == etag
+    )
+    upload = s3.create_multipart_upload(Bucket=bucket, Key="a b&ü")["UploadId"]
+    parts = {"Bucket": bucket, "Key": "a b&ü", "UploadId": upload}
+    part = s3.upload_part_copy(**parts, PartNumber=1, CopySource=source)["CopyPartResult"]
+    assert part["ETag"] == etag
+    done = s3.complete_multipart_upload(
+        **parts, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": etag}]}
+    )
+    assert done["Location"] == place.url + object_path(bucket, "a b&ü")
+    assert done["ETag"].startswith('"')
+    with pytest.raises(ClientError) as error:
+        s3.abort_multipart_upload(**parts)
+    assert code_of(error) == "NoSuchUpload"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [("2-4", "2-4"), ("-3", "7-9"), ("5-", "5-9"), ("8-99", "8-9")]
+)
+def test_head_of_a_range(s3: Any, bucket: str, wanted: str, found: str) -> None:
+    s3.put_object(Bucket=bucket, Key="x", Body=b"0123456789")
+    query = {"Bucket": bucket, "Key": "x", "Range": f"bytes={wanted}"}
+    head, got = s3.head_object(**query), s3.get_object(**query)
+    assert head["ContentRange"] == got["ContentRange"] == f"bytes {found}/10"
+    assert head["ContentLength"] == got["ContentLength"]
+    assert head["ResponseMetadata"]["HTTPStatusCode"] == 206
+    with pytest.raises(ClientError) as error:
+        s3.head_object(Bucket=bucket, Key="x", Range="bytes=10-")
+    assert code_of(error) == "416"
+
+
+def test_key_that_cannot_be_deleted_fails_alone(s3: Any, bucket: str) -> None:
+    s3.put_object(Bucket=bucket, Key="x", Body=b"")
+    bad = ["a//b", "y" * 300]
+    answer = s3.delete_objects(
+        Bucket=bucket, Delete={"Objects": [{"Key": key} for key in ["x", *bad]]}
+    )
+    assert [item["Key"] for item in answer["Deleted"]] == ["x"]
+    assert [(item["Key"], item["Code"]) for item in answer["Errors"]] == [
+        (bad[0], "InvalidArgument"),
+        (bad[1], "KeyTooLongError"),
+    ]
+    answer = s3.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": bad[0]}], "Quiet": True})
+    assert len(answer["Errors"]) == 1
+    assert keys(s3, bucket) == []
+
+
+def test_wrong_checksum_is_named(s3: Any, bucket: str) -> None:
+    with pytest.raises(ClientError, match="The SHA256 you specified did not match") as error:
+        s3.put_object(Bucket=bucket, Key="x", Body=b"1", ChecksumSHA256="A" * 43 + "=")
+    assert code_of(error) == "BadDigest"
+
+
+def test_codes_are_those_of_s3(s3: Any, bucket: str) -> None:
+    upload = s3.create_multipart_upload(Bucket=bucket, Key="x")["UploadId"]
+    parts = {"Bucket": bucket, "Key": "x", "UploadId": upload}
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("get_bucket_encryption", {"Bucket": "never-made"}, "NoSuchBucket"),
+        ("upload_part", {**parts, "PartNumber": 0, "Body": b"1"}, "InvalidArgument"),
+        ("upload_part", {**parts, "PartNumber": 10_001, "Body": b"1"}, "InvalidArgument"),
+        ("complete_multipart_upload", {**parts, "MultipartUpload": {"Parts": []}}, "MalformedXML"),
+        ("put_object", {"Bucket": bucket, "Key": "none", "IfMatch": '"a"'}, "NoSuchKey"),
+    ]
+    for operation, parameters, code in wrong:
+        with pytest.raises(ClientError) as error:
+            getattr(s3, operation)(**parameters)
+        assert code_of(error) == code, operation
+    s3.put_object(Bucket=bucket, Key="there", Body=b"")
+    with pytest.raises(ClientError) as error:
+        s3.put_object(Bucket=bucket, Key="there", IfMatch='"a"')
+    assert code_of(error) == "PreconditionFailed"
+
+
+def test_answers_tell_how_many_tags_there_are_and_not_which(place: Gateway, bucket: str) -> None:
+    place.client().put_object(Bucket=bucket, Key="x", Body=b"", Tagging="a=b")
+    headers = send(place, "GET", f"/{bucket}/x").headers
+    found = [name for name in headers if name.startswith("x-amz-tagging")]
+    assert found == ["x-amz-tagging-count"]
 
 
 # --- signatures -----------------------------------------------------------------------------------

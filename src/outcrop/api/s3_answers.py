@@ -31,6 +31,7 @@ _WRITES = _COPIES | {
     "CompleteMultipartUpload",
     "PutObjectTagging",
 }
+_FOLDER_WRITES = frozenset({"PutObject", "CopyObject", "CreateMultipartUpload"})
 _MENDED_XML = _COPIES | {"CompleteMultipartUpload"}
 _BARE_ETAG = re.compile(rb'<ETag>(?:&#34;|&quot;|")?([^<"&]*)(?:&#34;|&quot;|")?</ETag>')
 _LOCATION = re.compile(rb"<Location>[^<]*</Location>")
@@ -53,7 +54,8 @@ async def check_call(services: S3Services, call: S3Call) -> None:
     """Refuse what the store would take.
 
     Raises:
-        ApiError: InvalidArgument for a part's number, NoSuchUpload for an upload that has ended.
+        ApiError: InvalidArgument for a part's number, NoSuchUpload for an upload that has ended,
+            ExistingObjectIsFile for a folder `a/` that would replace the object `a`.
     """
     query = dict(call.query)
     if call.operation in ("UploadPart", "UploadPartCopy"):
@@ -64,6 +66,11 @@ async def check_call(services: S3Services, call: S3Call) -> None:
                 code="InvalidArgument",
                 http_status=400,
                 members={"ArgumentName": "partNumber", "ArgumentValue": number[:200]},
+            )
+    elif call.operation in _FOLDER_WRITES and call.key.endswith("/"):
+        if await _exists(services, call.bucket, call.key.removesuffix("/")):
+            raise ApiError(
+                "Existing Object is a file.", code="ExistingObjectIsFile", http_status=409
             )
     elif call.operation == "AbortMultipartUpload":
         wanted = (("uploadId", query["uploadId"]), ("max-parts", "1"))
@@ -170,16 +177,20 @@ async def _check_key(asked: _Asked) -> None:
     """Raise NoSuchKey where If-Match speaks of a key that is missing."""
     if "if-match" not in asked.call.headers:
         return
-    head = S3Call("HeadObject", asked.call.bucket, asked.call.key, (), {})
-    found = await pass_on(asked.services, "HEAD", head, b"")
-    await found.aclose()
-    if found.status_code == httpx.codes.NOT_FOUND:
+    if not await _exists(asked.services, asked.call.bucket, asked.call.key):
         raise ApiError(
             "The specified key does not exist.",
             code="NoSuchKey",
             http_status=404,
             members={"Key": asked.call.key},
         )
+
+
+async def _exists(services: S3Services, bucket: str, key: str) -> bool:
+    head = S3Call("HeadObject", bucket, key, (), {})
+    found = await pass_on(services, "HEAD", head, b"")
+    await found.aclose()
+    return found.status_code != httpx.codes.NOT_FOUND
 
 
 def _bad_digest(call: S3Call) -> ApiError:
