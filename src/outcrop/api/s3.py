@@ -1,7 +1,8 @@
 """S3 requests: verified and authorized here, then passed on to the object store under its own key.
 
 Says who asks, what for (s3_actions.py) and whether they may, has the body checked (s3_body.py), and
-hands what was understood to the backend (s3_backend.py). Bodies are streamed in both directions.
+hands what was understood to the backend (s3_backend.py), whose answers are put right where S3's are
+others (s3_answers.py). Listings are made here (s3_listing.py). Bodies are streamed both ways.
 Source: Amazon S3 API Reference, "Common request headers", "Error responses".
 """
 

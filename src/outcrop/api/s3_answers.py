@@ -204,7 +204,7 @@ def _bad_digest(call: S3Call) -> ApiError:
 
 
 def _is_full(settings: Settings) -> bool:
-    """Return whether the embedded store has no space left; it keeps 1 % of the disk free."""
+    """Return whether the embedded store has no space to speak of: 64 MiB, or 1 % of the disk."""
     if settings.s3_endpoint_url:
         return False
     usage = shutil.disk_usage(Path(settings.data_dir))
