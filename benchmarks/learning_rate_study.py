@@ -34,7 +34,7 @@ from outcrop.train.metrics import ValidationRow
 from outcrop.train.plan import TrainPlan
 
 SETS = ("mts-dialog", "banking77", "gsm8k")
-RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+RATES = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 WARMUP_STEPS = 5
 SEED = 0
 ANSWER_TOKENS = 128

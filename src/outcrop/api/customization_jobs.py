@@ -25,7 +25,7 @@ from outcrop.jobs.places import (
     check_readable,
     check_writable,
     file_place,
-    place,
+    output_place,
 )
 from outcrop.jobs.queue import job_needs
 from outcrop.jobs.states import statuses_of, wire_status
@@ -286,5 +286,5 @@ def _places(params: dict[str, Any]) -> tuple[S3Uri, list[S3Uri], S3Uri]:
     return (
         file_place(TRAINING, training),
         [file_place(VALIDATION, validator["s3Uri"]) for validator in _validators(params)],
-        place("outputDataConfig.s3Uri", params["outputDataConfig"]["s3Uri"]),
+        output_place("outputDataConfig.s3Uri", params["outputDataConfig"]["s3Uri"]),
     )

@@ -18,6 +18,7 @@ from functools import cache
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from outcrop.errors import ApiError
+from outcrop.objects.keys import check_key
 from outcrop.wire.model import service_model
 
 OWN_PATHS = frozenset({"console", "healthz", "metrics", "v1", "outcrop"})
@@ -117,9 +118,6 @@ _REFUSED_HEADERS = (
 )
 _TOKEN = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-MAX_KEY_BYTES = 1024
-MAX_SEGMENT_BYTES = 255
-"""LIMIT: of the embedded store, for what stands between two slashes of a key."""
 
 
 @dataclass(frozen=True)
@@ -267,44 +265,6 @@ def check_new_bucket(name: str) -> None:
         looks_like_ip = False
     if looks_like_ip or ".." in name or name.startswith("xn--") or name.endswith("-s3alias"):
         raise _invalid_bucket(name, "The specified bucket is not valid.")
-
-
-def check_key(key: str) -> None:
-    """Refuse a key that cannot be kept as it is, or that would name something else.
-
-    The embedded store keeps keys as paths: it takes `a//b` and `a\\b` for `a/b`, and has folders
-    of its own for the parts of uploads and for old versions. A policy is decided on the key as it
-    was sent, so a key that means another one there must not get that far.
-
-    Raises:
-        ApiError: InvalidURI, KeyTooLongError or InvalidArgument, 400.
-    """
-    if len(key.encode()) > MAX_KEY_BYTES:
-        raise ApiError("Your key is too long", code="KeyTooLongError", http_status=400)
-    *folders, name = key.split("/")
-    for segment in (*folders, name) if name else folders:
-        if segment in ("", ".", "..") or "\0" in segment or "\\" in segment:
-            raise _invalid_argument(
-                "Keys with an empty part (//), a part . or .., a backslash or a zero byte are not "
-                "supported.",
-                "key",
-                key,
-            )
-        if len(segment.encode()) > MAX_SEGMENT_BYTES:
-            raise ApiError(
-                f"Your key is too long: a part between two slashes may have {MAX_SEGMENT_BYTES} "
-                "bytes.",
-                code="KeyTooLongError",
-                http_status=400,
-            )
-    if folders and (
-        folders[0] == ".uploads" or any(folder.endswith(".versions") for folder in folders)
-    ):
-        raise _invalid_argument(
-            "Keys below .uploads/ or below a folder that ends in .versions are not supported.",
-            "key",
-            key,
-        )
 
 
 def _split_path(raw_path: str) -> tuple[str, str]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from outcrop.api.s3_actions import S3Call, check_key
+from outcrop.api.s3_actions import S3Call
 from outcrop.api.s3_body import DeletedObject, read_deleted_objects
 from outcrop.errors import ApiError
+from outcrop.objects.keys import check_key
 
 _DIGESTS = re.compile(r"content-md5|x-amz-(sdk-)?checksum-.*")
 _NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"

@@ -157,7 +157,7 @@ def _validation_uri(job: Job) -> S3Uri | None:
 def _check_places(engine: Engine, objects: ObjectStore, job: Job) -> S3Uri:
     """Ask again what was asked at creation, and prove by a write that the output can be written."""
     training = places.file_place(places.TRAINING, job.spec["trainingDataConfig"]["s3Uri"])
-    output = places.place("outputDataConfig.s3Uri", job.spec["outputDataConfig"]["s3Uri"])
+    output = places.output_place("outputDataConfig.s3Uri", job.spec["outputDataConfig"]["s3Uri"])
     validation = _validation_uri(job)
     inputs = [(training, places.TRAINING)]
     if validation is not None:

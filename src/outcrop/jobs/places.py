@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from sqlalchemy import Connection
 
-from outcrop.errors import AccessDeniedException, ObjectStoreError, ValidationException
+from outcrop.errors import (
+    AccessDeniedException,
+    ApiError,
+    ObjectStoreError,
+    ValidationException,
+)
 from outcrop.identity.authorize import authorize
 from outcrop.identity.principals import Principal
-from outcrop.ids import S3Uri, parse_s3_uri
-from outcrop.jobs.artifacts import WRITE_CHECK
+from outcrop.ids import ID_LENGTH, S3Uri, parse_s3_uri
+from outcrop.jobs.artifacts import WRITE_CHECK, step_metrics_object, validation_metrics_objects
 from outcrop.objects.client import IS_AWAY, ObjectStore
+from outcrop.objects.keys import check_key
 
 TRAINING, VALIDATION = "trainingDataConfig.s3Uri", "validationDataConfig.validators.s3Uri"
 """The members of a request that name files to read."""
@@ -29,7 +35,26 @@ def place(member: str, text: str) -> S3Uri:
             f"The provided S3 URI is invalid: {member} is {text!r}. It must be of the form "
             "s3://bucket/key."
         )
+    _check_key(member, uri)
     return uri
+
+
+def output_place(member: str, text: str) -> S3Uri:
+    """Read an S3 URI below which a job's files can have their keys."""
+    uri = place(member, text)
+    nobody = "x" * ID_LENGTH
+    for file in (step_metrics_object(uri, nobody), *validation_metrics_objects(uri, nobody)):
+        _check_key(member, file)
+    return uri
+
+
+def _check_key(member: str, uri: S3Uri) -> None:
+    try:
+        check_key(uri.key)
+    except ApiError as error:
+        raise ValidationException(
+            f"The provided S3 URI is invalid: {member} leads to {uri}. {error.message}"
+        ) from error
 
 
 def file_place(member: str, text: str) -> S3Uri:

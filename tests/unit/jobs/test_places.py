@@ -7,7 +7,14 @@ from tests.unit.jobs.memory_store import BUCKET, MemoryStore
 
 from outcrop.errors import ObjectStoreError, ValidationException
 from outcrop.ids import S3Uri
-from outcrop.jobs.places import TRAINING, VALIDATION, check_bucket, check_present, file_place
+from outcrop.jobs.places import (
+    TRAINING,
+    VALIDATION,
+    check_bucket,
+    check_present,
+    file_place,
+    output_place,
+)
 from outcrop.objects.client import IS_AWAY
 
 
@@ -67,3 +74,30 @@ def test_folder_where_a_file_is_wanted_is_refused_by_its_form(text: str) -> None
 def test_text_that_is_no_uri_is_refused_with_the_member() -> None:
     with pytest.raises(ValidationException, match=r"trainingDataConfig\.s3Uri is 'http://x/y'"):
         file_place(TRAINING, "http://x/y")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("s3://bucket/.uploads/x", r"below \.uploads/"),
+        ("s3://bucket/x.versions", r"ends in \.versions"),
+        ("s3://bucket/a/../b", r"a part \. or \.\."),
+        ("s3://bucket/" + "x" * 256, "255 bytes"),
+        ("s3://bucket/" + "folder/" * 130, "too long"),
+    ],
+)
+def test_an_output_whose_files_could_not_be_read_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValidationException, match=rf"outputDataConfig\.s3Uri leads to .*{reason}"):
+        output_place("outputDataConfig.s3Uri", text)
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://bucket", "s3://bucket/", "s3://bucket/a/b", "s3://bucket/a/"]
+)
+def test_an_output_may_be_a_bucket_or_a_folder_in_it(text: str) -> None:
+    assert output_place("outputDataConfig.s3Uri", text).bucket == "bucket"
+
+
+def test_a_file_whose_key_cannot_be_is_refused() -> None:
+    with pytest.raises(ValidationException, match=r"trainingDataConfig\.s3Uri leads to"):
+        file_place(TRAINING, "s3://bucket/a//b.jsonl")
