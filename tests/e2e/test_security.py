@@ -143,18 +143,26 @@ def test_a_signature_holds_for_its_body_and_path_only(
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
+    ("method", "path", "refusal"),
     [
-        ("POST", "/model-customization-jobs"),
-        ("GET", "/custom-models"),
-        ("DELETE", f"/custom-models/{quote('tuned-model')}"),
-        ("POST", f"/model/{quote(TITAN, safe='')}/invoke"),
-        ("GET", "/"),
+        ("POST", "/model-customization-jobs", "MissingAuthenticationTokenException"),
+        ("GET", "/custom-models", "MissingAuthenticationTokenException"),
+        (
+            "DELETE",
+            f"/custom-models/{quote('tuned-model')}",
+            "MissingAuthenticationTokenException",
+        ),
+        ("POST", f"/model/{quote(TITAN, safe='')}/invoke", "MissingAuthenticationTokenException"),
+        ("GET", "/", "<Code>AccessDenied</Code>"),
+        ("GET", "/bucket/key", "<Code>AccessDenied</Code>"),
     ],
 )
-def test_an_unsigned_request_is_refused(service: Service, method: str, path: str) -> None:
+def test_an_unsigned_request_is_refused_in_its_own_protocol(
+    service: Service, method: str, path: str, refusal: str
+) -> None:
     reply = httpx.request(method, service.url + path, content=b"{}", trust_env=False)
     assert reply.status_code == 403
+    assert refusal in reply.headers.get("x-amzn-errortype", "") + reply.text
 
 
 def test_another_region_is_refused(service: Service) -> None:

@@ -37,7 +37,7 @@ from outcrop.objects.client import backend
 from outcrop.processes.address import GATEWAY, last_port, reachable_url
 from outcrop.settings import Settings
 from outcrop.store.database import connect
-from outcrop.wire import serialize, sigv4
+from outcrop.wire import route, serialize, sigv4
 
 logger = logging.getLogger("outcrop.gateway")
 
@@ -107,12 +107,23 @@ async def _respond(request: Request, services: Services) -> Response:
         service = "s3" if presigned or "/s3/aws4_request" in str(signed.headers) else "bedrock"
         return _response(serialize.serialize_error(service, error, request_id))
     bearer = request.headers.get("authorization", "").startswith("Bearer ")
-    if signature is None and (bearer or _is_reserved(signed.raw_path)):
-        if not bearer:
-            return await _own_page(request, services)
-    elif signature is None or signature.service == "s3":
+    if signature is not None:
+        is_s3 = signature.service == "s3"
+    elif not bearer and _is_reserved(signed.raw_path):
+        return await _own_page(request, services)
+    else:  # refused either way, in the protocol that its client most likely speaks
+        is_s3 = not bearer and not _names_operation(signed.method, signed.raw_path)
+    if is_s3:
         return await s3_request(request, services, request_id)
     return _response(await handlers.answer(request, services, request_id))
+
+
+def _names_operation(method: str, raw_path: str) -> bool:
+    try:
+        route.match(method, raw_path)
+    except ApiError:
+        return False
+    return True
 
 
 def _is_reserved(path: str) -> bool:
