@@ -319,7 +319,8 @@ class Supervisor:
         )
         entry.child = None
         entry.exit_code = code
-        if asked:
+        is_done = code == 0 and not entry.spec.restart
+        if asked or is_done:
             log.info("%s ended (%s)", name, describe_exit(code))
         else:
             entry.num_failures = 1 if was_steady else entry.num_failures + 1
