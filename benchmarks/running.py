@@ -110,8 +110,9 @@ def write_result(subject: str, how: str, table: Sequence[Sequence[str]], notes: 
 
 
 def module_arguments() -> list[str]:
-    """Return how this program was called, as `python -m` takes it."""
-    return [f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    """Return how this program was called, as `python -m` takes it, without this machine's paths."""
+    given = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    return [f"benchmarks.{Path(sys.argv[0]).stem}", *given]
 
 
 def hardware() -> str:
