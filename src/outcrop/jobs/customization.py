@@ -84,12 +84,13 @@ def run(
         job.spec["userHyperParameters"],
         has_validation=_validation_uri(job) is not None,
     )
+    data = _read_data(settings, objects, job, base, plan, Renderer(folder))
     _check_stop(should_stop)
     stage.end("validation")
 
     stage.begin("dataProcessing")
-    data = _read_data(settings, objects, job, base, plan, Renderer(folder))
-    _check_stop(should_stop)
+    if _validation_uri(job) is None and plan.evaluation_percentage:
+        data = Data(*plan.split(data.training))
     stage.end("dataProcessing")
 
     stage.begin("training")
@@ -202,8 +203,6 @@ def _read_data(
     validation: list[Example] = []
     if validation_uri is not None:
         validation = read(validation_uri, "validation", settings.max_validation_records)
-    elif plan.evaluation_percentage:
-        training, validation = plan.split(training)
     if not (settings.max_training_records or settings.max_validation_records):
         check_total_records(base, len(training), len(validation))
     return Data(training, validation)
