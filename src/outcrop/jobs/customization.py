@@ -91,6 +91,7 @@ def run(
     stage.begin("dataProcessing")
     if _validation_uri(job) is None and plan.evaluation_percentage:
         data = Data(*plan.split(data.training))
+    _check_stop(should_stop)
     stage.end("dataProcessing")
 
     stage.begin("training")

@@ -154,7 +154,7 @@ def test_model_is_on_the_disk_before_its_row_says_so(
     assert synced[-len(names) :] == names, "after the files, each folder that leads to them"
 
 
-def test_record_that_cannot_be_used_ends_the_data_stage_with_file_and_line(
+def test_record_that_cannot_be_used_ends_the_first_stage_with_file_and_line(
     settings: Settings, engine: Engine
 ) -> None:
     job = held(settings, engine)
@@ -162,10 +162,10 @@ def test_record_that_cannot_be_used_ends_the_data_stage_with_file_and_line(
     with pytest.raises(DataError) as raised:
         customization.run(settings, engine, job, lambda: False, objects=objects)
     assert (raised.value.file, raised.value.line) == (str(TRAINING), 11)
-    assert stage_statuses(engine, job) == ["Completed", "InProgress", "NotStarted"]
+    assert stage_statuses(engine, job) == ["InProgress", "NotStarted", "NotStarted"]
     with transaction(engine) as connection:
         jobs.fail_job(connection, job.id, job.fence, str(raised.value))
-    assert stage_statuses(engine, job) == ["Completed", "Failed", "NotStarted"]
+    assert stage_statuses(engine, job) == ["Failed", "NotStarted", "NotStarted"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_job_that_fails_its_checks_does_not_wait_for_torch(
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert status_of(engine, job) == "failed"
-    assert stage_statuses(engine, job) == ["Completed", "Failed", "NotStarted"]
+    assert stage_statuses(engine, job) == ["Failed", "NotStarted", "NotStarted"]
 
 
 def test_stop_is_heard_between_the_stages(
