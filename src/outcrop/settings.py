@@ -93,6 +93,11 @@ class Settings:
     train_threads: int = _setting(
         "Threads of one training process; 0 means its share of the cores.", 0, minimum=0
     )
+    checkpoint_seconds: int = _setting(
+        "Least time between two checkpoints of a running job, from which it goes on after an "
+        "interruption. Writing them takes a hundredth of its time at most.",
+        30,
+    )
     serve_threads: int = _setting(
         "Threads of one model server; 0 means its share of the cores.", 0, minimum=0
     )

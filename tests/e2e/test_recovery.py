@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ATTEMPT, WORKER, MODEL_SERVER = "outcrop.jobs.attempt", "outcrop worker", "outcrop model-server"
 GATEWAY = "outcrop gateway"
+VALIDATION_METRICS = "validation_artifacts/validation_metrics.csv"
 SOME_STEPS = {**PUBLISHED, "epochCount": "6"}  # 18 steps: time to be killed in
 
 
@@ -57,6 +58,51 @@ def test_jobs_survive_the_death_of_attempt_and_worker(own_service: Service) -> N
     os.kill(own_service.process(WORKER).pid, signal.SIGKILL)
     _check_completed_once(own_service, arn)
     assert own_service.progress(arn)["attempt"] == 3
+
+
+def test_a_killed_job_ends_in_the_bytes_of_an_uninterrupted_one(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    service = Service(
+        tmp_path_factory.mktemp("exact") / "data",
+        OUTCROP_JOB_SLOTS="1",
+        OUTCROP_CHECKPOINT_SECONDS="1",
+    )
+    service.start()
+    try:
+        bucket = new_bucket(service, "exact")
+        arns = [
+            service.create_job(bucket, name, hyperParameters=SOME_STEPS)
+            for name in ("whole", "killed")
+        ]
+        service.wait_for_job(arns[0])
+        killed = arns[1].rpartition("/")[2]
+        for attempt in (1, 2):
+            folder = service.data_dir / "work" / killed / str(attempt) / "checkpoints"
+            wait_for(lambda: next(folder.glob("step-*"), None), 300.0, str(folder))  # noqa: B023
+            os.kill(service.process(ATTEMPT).pid, signal.SIGKILL)
+        job = service.wait_for_job(arns[1])
+        assert job["status"] == "Completed", job.get("failureMessage")
+        assert service.progress(arns[1])["attempt"] == 3
+        log = next((service.data_dir / "logs" / "jobs").glob(f"{killed}*")).read_text()
+        assert log.count("going on after step") == 2
+
+        adapters = (service.data_dir / "models" / "custom").rglob("adapter_model.safetensors")
+        assert len({file.read_bytes() for file in adapters}) == 1
+        for name in ("training_artifacts/step_wise_training_metrics.csv", VALIDATION_METRICS):
+            found = {_output(service, bucket, arn, name) for arn in arns}
+            assert len(found) == 1
+        assert not (service.data_dir / "work" / killed).exists()
+    finally:
+        service.stop()
+
+
+def _output(service: Service, bucket: str, arn: str, name: str) -> bytes:
+    job = service.job(arn)
+    prefix = job["outputDataConfig"]["s3Uri"].partition(f"s3://{bucket}/")[2].strip("/")
+    key = f"{prefix}/model-customization-job-{arn.rpartition('/')[2]}/{name}"
+    body: bytes = service.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    return body
 
 
 def test_jobs_survive_the_death_of_the_whole_service(own_service: Service) -> None:

@@ -85,3 +85,7 @@ def test_request_ids_differ_and_are_uuids() -> None:
     first, second = ids.new_request_id(), ids.new_request_id()
     assert first != second
     assert str(uuid.UUID(first)) == first
+
+
+def test_a_users_arn_has_awss_form() -> None:
+    assert ids.user_arn(ACCOUNT, "owner") == f"arn:aws:iam::{ACCOUNT}:user/owner"

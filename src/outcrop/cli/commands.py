@@ -111,7 +111,7 @@ def settings(options: argparse.Namespace) -> int:
 
 
 def gc(options: argparse.Namespace) -> int:
-    """List or remove ended attempts' files, unused artifacts, old logs and abandoned uploads."""
+    """List or remove ended jobs' files, unused artifacts, old logs and abandoned uploads."""
     from outcrop.cli.gc import collect_garbage
 
     total = 0

@@ -39,9 +39,26 @@ def validation_metrics_objects(output: S3Uri, job_id: str) -> list[S3Uri]:
     return [folder.join(name) for name in VALIDATION_METRICS]
 
 
+def job_folder(settings: Settings, job_id: str) -> Path:
+    """Return the folder of a job's attempts; it is removed when the job ends."""
+    return settings.data_dir / "work" / job_id
+
+
 def work_folder(settings: Settings, job_id: str, fence: int) -> Path:
-    """Return the scratch folder of one attempt; it is removed when the attempt ends."""
-    return settings.data_dir / "work" / job_id / str(fence)
+    """Return the scratch folder of one attempt."""
+    return job_folder(settings, job_id) / str(fence)
+
+
+def checkpoint_folder(settings: Settings, job_id: str, fence: int) -> Path:
+    """Return where an attempt keeps its checkpoints: nobody else writes there."""
+    return work_folder(settings, job_id, fence) / "checkpoints"
+
+
+def earlier_checkpoint_folders(settings: Settings, job_id: str, fence: int) -> list[Path]:
+    """Return where the attempts before this one kept theirs."""
+    attempts = job_folder(settings, job_id).glob("*/checkpoints")
+    mine = checkpoint_folder(settings, job_id, fence)
+    return [folder for folder in attempts if folder != mine]
 
 
 def model_folder(settings: Settings, model_id: str, fence: int) -> Path:

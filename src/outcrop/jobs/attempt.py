@@ -19,6 +19,7 @@ from types import FrameType
 
 from safetensors import SafetensorError
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.errors import (
     ApiError,
@@ -54,8 +55,24 @@ def main(arguments: list[str]) -> int:
     try:
         return run_attempt(settings, engine, job_id, fence, stop)
     finally:
-        shutil.rmtree(artifacts.work_folder(settings, job_id, fence), ignore_errors=True)
+        _clean_up(settings, engine, job_id, fence)
         engine.dispose()
+
+
+def _clean_up(settings: Settings, engine: Engine, job_id: str, fence: int) -> None:
+    """Remove what no later attempt needs: everything of a job that has ended, and the files of
+    an attempt that lost its lease. The next attempt goes on from this one's checkpoints.
+    """
+    try:
+        with engine.connect() as connection:
+            job = jobs.get_job_by_id(connection, job_id)
+    except SQLAlchemyError:  # `outcrop gc` does it later
+        logger.exception("the scratch files were left")
+        return
+    if job is None or job.ended_at is not None:
+        shutil.rmtree(artifacts.job_folder(settings, job_id), ignore_errors=True)
+    elif job.fence != fence:
+        shutil.rmtree(artifacts.work_folder(settings, job_id, fence), ignore_errors=True)
 
 
 class StopFlag:

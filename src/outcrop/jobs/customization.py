@@ -118,6 +118,9 @@ def run(
         on_validation=reporter.on_validation,
         should_stop=should_stop,
         threads=job.cores,  # what the queue set aside for it, on whatever machine
+        checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),
+        checkpoint_seconds=settings.checkpoint_seconds,
+        earlier=artifacts.earlier_checkpoint_folders(settings, job.id, job.fence),
     )
     reporter.finish()
     _check_stop(should_stop)

@@ -1,4 +1,4 @@
-"""What nothing needs any more: ended attempts' scratch files, artifacts without a model, old logs.
+"""What nothing needs any more: ended jobs' scratch files, artifacts without a model, old logs.
 
 Knows files only; abandoned uploads are the object store's. A file is garbage only where the
 database says so, and nothing younger than an hour is. The folders are listed before the database is
@@ -41,8 +41,6 @@ class _Used:
 
     live: set[str]
     """Ids of the jobs that have not ended."""
-    attempts: set[tuple[str, str]]
-    """Job id and fence of the attempts that run."""
     publishing: set[tuple[str, str]]
     """Model id and fence of what running attempts may be about to publish."""
     artifacts: set[str]
@@ -92,7 +90,6 @@ def _used(engine: Engine) -> _Used:
                 publishing.add((str(job.spec["customModelId"]), str(held.fence)))
         return _Used(
             live={job.id for job in live},
-            attempts={(job.id, str(job.fence)) for job in live if job.status in jobs.HELD},
             publishing=publishing,
             artifacts=models.artifact_paths(connection),
         )
@@ -100,8 +97,9 @@ def _used(engine: Engine) -> _Used:
 
 def _scratch(folders: list[Path], used: _Used) -> Iterator[Garbage]:
     for folder in folders:
-        if (folder.parent.name, folder.name) not in used.attempts:
-            yield _garbage(folder, "scratch files of an ended attempt")
+        # A job that has not ended may go on from the checkpoints of any attempt it had.
+        if folder.parent.name not in used.live:
+            yield _garbage(folder, "scratch files of an ended job")
 
 
 def _artifacts(data: Path, folders: list[Path], used: _Used) -> Iterator[Garbage]:

@@ -10,19 +10,21 @@ The loop knows nothing of jobs, buckets or databases: it reports through callbac
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from outcrop.data.pack import pack
 from outcrop.data.records import Example
-from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
+from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested, TrainingError
 from outcrop.evaluate.attention import packed_attention
 from outcrop.evaluate.likelihood import (
     MAX_MICRO_BATCH_TOKENS,
@@ -31,13 +33,16 @@ from outcrop.evaluate.likelihood import (
     perplexity,
     token_losses,
 )
-from outcrop.models.load import load_base
+from outcrop.models.load import compute_dtype, load_base
+from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
 from outcrop.train.memory import KEPT_TOKENS, recomputed_layers
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
-from outcrop.train.plan import TrainPlan
+from outcrop.train.plan import EarlyStopping, TrainPlan
 from outcrop.train.schedule import evaluation_steps, learning_rate
 from outcrop.train.threads import available_cores
+
+logger = logging.getLogger(__name__)
 
 MAX_GRADIENT_NORM = 1.0
 """Gradients are scaled down to this norm. Source: Llama 2 (arXiv 2307.09288), section 2.2."""
@@ -45,6 +50,8 @@ ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 """Source: Kingma and Ba, Adam (arXiv 1412.6980), algorithm 1."""
 WEIGHT_DECAY = 0.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each tensor, besides the number of steps."""
 ARTIFACT = "artifact"
 NOT_FINITE_ADVICE = "Nothing was published. A smaller learningRate or a larger batchSize may help."
 
@@ -85,6 +92,9 @@ def train(
     threads: int = 0,
     dtype: torch.dtype | None = None,
     micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
+    checkpoints: Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    earlier: Sequence[Path] = (),
 ) -> TrainResult:
     """Train and write the artifact below `output`.
 
@@ -103,10 +113,19 @@ def train(
         dtype: the type of the frozen weights; None takes this machine's fastest.
         micro_batch_tokens: tokens of one forward and backward pass. It bounds memory, and the time
             until `should_stop` is heard; but for rounding it does not change the result.
+        checkpoints: folder that receives the run's state now and then, and when it is stopped;
+            None for no checkpoints.
+        checkpoint_seconds: least time between two of them; it grows so that writing them takes a
+            hundredth of the run at most.
+        earlier: folders with checkpoints of earlier tries. The run goes on from the newest one
+            that is whole and of a run with the same plan, data and settings, as if it had never
+            been interrupted; they are removed once there is a newer one. The callbacks are called
+            again for what had been reported.
     Raises:
         EmptyLossError: no token of the records, or of one batch, carries loss.
         NonFiniteLossError: a loss or gradient became NaN or infinite; the message names the step.
-        StopRequested: `should_stop` answered True. Nothing is written.
+        StopRequested: `should_stop` answered True. No artifact is written.
+        TrainingError: the data is not what the newest checkpoint was made with.
         ModelError: the base cannot be loaded.
     """
     started = time.perf_counter()
@@ -114,58 +133,94 @@ def train(
         raise EmptyLossError(
             "No token of the training data carries loss: there is nothing to learn."
         )
-    torch.set_num_threads(threads or available_cores())
+    threads = threads or available_cores()
+    torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    dtype = dtype or compute_dtype()
     model = load_base(folder, dtype)
     trainable = make_trainable(model, plan, seed)
-    run = _Run(plan, trainable, micro_batch_tokens, should_stop)
-    watch = _Watch(plan)
+    identity = run_identity(
+        *(plan, examples, validation),
+        seed=seed,
+        threads=threads,
+        dtype=dtype,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    found = newest_checkpoint(earlier, identity)
+    if found is not None and not found.has_same_data:
+        raise TrainingError(
+            f"The training or validation data changed after step {found.state.steps}: it is not "
+            "what this job began with. Nothing was published. Create the job again."
+        )
+    state = found.state if found is not None else RunState()
+    run = _Run(plan, trainable, state, micro_batch_tokens, should_stop)
+    if found is not None:
+        run.restore(found.tensors)
+        logger.info("going on after step %d", state.steps)
+        for validation_row in state.validation_rows:
+            on_validation(validation_row)
+        for step_row in state.step_rows:
+            on_step(step_row)
+    keeper = (
+        Keeper(
+            *(checkpoints, identity, state.steps),
+            least_seconds=checkpoint_seconds,
+            replaces=earlier,
+        )
+        if checkpoints is not None
+        else None
+    )
 
-    def evaluate(epoch: int) -> None:
-        likelihood = evaluate_likelihood(model, validation, should_stop=should_stop)
-        if not math.isfinite(likelihood.loss):
-            raise NonFiniteLossError(
-                f"Step {run.steps}: the validation loss became {likelihood.loss}. "
-                f"{NOT_FINITE_ADVICE}"
-            )
-        row = ValidationRow(run.steps, epoch, likelihood.loss, likelihood.perplexity)
-        on_validation(row)
-        watch.see(row.validation_loss)
-
-    if validation:
-        evaluate(0)
     steps_per_epoch = math.ceil(len(examples) / plan.batch_size)
     run.total_steps = plan.num_epochs * steps_per_epoch
     evaluations = evaluation_steps(steps_per_epoch, plan.batch_size, len(validation))
-    last_epoch = _Mean()
-    for epoch in range(plan.num_epochs):
-        last_epoch = _Mean()
-        order = shuffled(len(examples), seed, epoch)
-        for step_of_epoch in range(steps_per_epoch):
+
+    def evaluate_if_due() -> None:
+        epoch, last_step = divmod(max(0, state.steps - 1), steps_per_epoch)
+        is_due = state.steps == 0 or last_step + 1 in evaluations
+        if validation and is_due and not state.is_evaluated:
+            likelihood = evaluate_likelihood(model, validation, should_stop=should_stop)
+            if not math.isfinite(likelihood.loss):
+                raise NonFiniteLossError(
+                    f"Step {state.steps}: the validation loss became {likelihood.loss}. "
+                    f"{NOT_FINITE_ADVICE}"
+                )
+            row = ValidationRow(state.steps, epoch, likelihood.loss, likelihood.perplexity)
+            state.validation_rows.append(row)
+            watch(state, plan.early_stopping)
+            on_validation(row)
+        state.is_evaluated = True
+
+    try:
+        evaluate_if_due()
+        while state.steps < run.total_steps and not is_over(state, plan.early_stopping):
+            epoch, step_of_epoch = divmod(state.steps, steps_per_epoch)
+            order = shuffled(len(examples), seed, epoch)
             first = step_of_epoch * plan.batch_size
             batch = [examples[place] for place in order[first : first + plan.batch_size]]
-            row, num_labels = run.step(batch, epoch)
-            last_epoch.add(row.training_loss, num_labels)
-            on_step(row)
-            if step_of_epoch + 1 in evaluations:
-                evaluate(epoch)
-                if watch.is_over:
-                    break
-        if watch.is_over:
-            break
-    if should_stop():
-        raise StopRequested
+            if step_of_epoch == 0:
+                state.epoch_loss, state.epoch_labels = 0.0, 0
+            on_step(run.step(batch, epoch))
+            evaluate_if_due()
+            if keeper is not None and keeper.is_due():
+                keeper.save(state, run.tensors())
+        if should_stop():
+            raise StopRequested
+    except StopRequested:
+        if keeper is not None and state.steps > keeper.saved_step:
+            keeper.save(state, run.tensors())
+        raise
     artifact = output / ARTIFACT
     trainable.save(artifact, folder)
     return TrainResult(
         artifact=artifact,
         digest=folder_digest(artifact),
-        training_loss=last_epoch.value,
-        validation_loss=watch.last,
-        steps=run.steps,
-        num_tokens=run.num_tokens,
+        training_loss=state.epoch_loss / state.epoch_labels,
+        validation_loss=state.validation_rows[-1].validation_loss if validation else None,
+        steps=state.steps,
+        num_tokens=state.num_tokens,
         seconds=time.perf_counter() - started,
-        stopped_early=run.steps < run.total_steps,
+        stopped_early=state.steps < run.total_steps,
     )
 
 
@@ -176,12 +231,12 @@ class _Run:
         self,
         plan: TrainPlan,
         trainable: Trainable,
+        state: RunState,
         micro_batch_tokens: int,
         should_stop: Callable[[], bool],
     ) -> None:
         self.total_steps = 0
-        self.steps = 0
-        self.num_tokens = 0
+        self._state = state
         self._plan = plan
         self._trainable = trainable
         self._micro_batch_tokens = micro_batch_tokens
@@ -195,28 +250,53 @@ class _Run:
             fused=True,
         )
 
-    def step(self, batch: Sequence[Example], epoch: int) -> tuple[StepRow, int]:
-        """Take one optimizer step; return its row and how many tokens carried loss."""
-        started = time.perf_counter()
+    def step(self, batch: Sequence[Example], epoch: int) -> StepRow:
+        """Take one optimizer step and return its row."""
+        started, state = time.perf_counter(), self._state
         try:
             loss, num_labels = gather_gradients(
                 self._trainable, batch, self._micro_batch_tokens, self._should_stop
             )
             self._update()
         except (NonFiniteLossError, EmptyLossError) as error:
-            raise type(error)(f"Step {self.steps}: {error}") from None
+            raise type(error)(f"Step {state.steps}: {error}") from None
         num_tokens = sum(len(example.input_ids) for example in batch)
         row = StepRow(
-            step_number=self.steps,
+            step_number=state.steps,
             epoch_number=epoch,
             training_loss=loss,
             perplexity=perplexity(loss),
             num_tokens=num_tokens,
             seconds=time.perf_counter() - started,
         )
-        self.steps += 1
-        self.num_tokens += num_tokens
-        return row, num_labels
+        state.steps += 1
+        state.num_tokens += num_tokens
+        state.epoch_loss += loss * num_labels
+        state.epoch_labels += num_labels
+        state.step_rows.append(row)
+        state.is_evaluated = False
+        return row
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is trained and the optimizer's moments, for a checkpoint."""
+        found = {}
+        for number, master in enumerate(self._trainable.masters):
+            found[f"{number}.value"] = master.detach()
+            moments = self._optimizer.state[master]
+            found |= {f"{number}.{name}": moments[name] for name in MOMENTS}
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a checkpoint."""
+        with torch.no_grad():
+            for number, master in enumerate(self._trainable.masters):
+                master.copy_(tensors[f"{number}.value"])
+                self._optimizer.state[master] = {
+                    # A tensor of its own on the CPU, as AdamW makes it.
+                    "step": torch.tensor(float(self._state.steps)),
+                    **{name: tensors[f"{number}.{name}"].to(master.device) for name in MOMENTS},
+                }
+        self._trainable.apply_masters()
 
     def _update(self) -> None:
         masters = self._trainable.masters
@@ -224,7 +304,7 @@ class _Run:
         if not math.isfinite(norm):
             raise NonFiniteLossError(f"the norm of the gradient became {norm}. {NOT_FINITE_ADVICE}")
         rate = learning_rate(
-            self.steps, self.total_steps, self._plan.warmup_steps, self._plan.learning_rate
+            self._state.steps, self.total_steps, self._plan.warmup_steps, self._plan.learning_rate
         )
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -274,44 +354,25 @@ def gather_gradients(
     return total / num_labels, num_labels
 
 
-class _Watch:
-    """Remembers validation losses and says when early stopping ends the run.
+def watch(state: RunState, early_stopping: EarlyStopping | None) -> None:
+    """Take the newest validation loss into account for early stopping.
 
-    It ends when so many evaluations in a row as the patience says improved the best loss by less
-    than the threshold. The base's loss before the first step is the first best.
+    The base's loss before the first step is the first best.
     """
-
-    def __init__(self, plan: TrainPlan) -> None:
-        self.last: float | None = None
-        self.is_over = False
-        self._early_stopping = plan.early_stopping
-        self._best = math.inf
-        self._stale = 0
-
-    def see(self, loss: float) -> None:
-        """Take the next validation loss."""
-        self.last = loss
-        if self._early_stopping is None:
-            return
-        if self._best - loss >= self._early_stopping.threshold and loss < self._best:
-            self._best = loss
-            self._stale = 0
-            return
-        self._stale += 1
-        self.is_over = self._stale >= self._early_stopping.patience
+    if early_stopping is None:
+        return
+    loss, best = state.validation_rows[-1].validation_loss, state.best_loss
+    if best is None or (best - loss >= early_stopping.threshold and loss < best):
+        state.best_loss, state.stale = loss, 0
+    else:
+        state.stale += 1
 
 
-class _Mean:
-    def __init__(self) -> None:
-        self._total, self._weight = 0.0, 0
-
-    def add(self, value: float, weight: int) -> None:
-        self._total += value * weight
-        self._weight += weight
-
-    @property
-    def value(self) -> float:
-        return self._total / self._weight
+def is_over(state: RunState, early_stopping: EarlyStopping | None) -> bool:
+    """Say whether early stopping ends the run: as many evaluations in a row as its patience says
+    improved the best loss by less than its threshold.
+    """
+    return early_stopping is not None and state.stale >= early_stopping.patience
 
 
 def shuffled(num_examples: int, seed: int, epoch: int) -> list[int]:

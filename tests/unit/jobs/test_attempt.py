@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -21,7 +22,8 @@ from outcrop.errors import (
     StopRequested,
     ValidationException,
 )
-from outcrop.jobs.attempt import EXIT_UNFINISHED, StopFlag, run_attempt
+from outcrop.jobs import artifacts
+from outcrop.jobs.attempt import EXIT_UNFINISHED, StopFlag, _clean_up, run_attempt
 from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings
 from outcrop.store import jobs
@@ -143,6 +145,28 @@ def test_long_reason_is_cut_to_what_the_api_can_carry(engine: Engine) -> None:
     job = held(engine)
     attempt(engine, job, ModelError("x" * 5000))
     assert as_it_stands(engine, job).failure_message == "x" * jobs.MAX_FAILURE_MESSAGE
+
+
+def test_files_stay_for_the_next_attempt_until_the_job_has_ended(
+    engine: Engine, data_dir: Path
+) -> None:
+    settings = Settings(data_dir=data_dir)
+    job = held(engine)
+
+    def fill() -> Path:
+        folder = artifacts.checkpoint_folder(settings, job.id, job.fence)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    folder = fill()
+    _clean_up(settings, engine, job.id, job.fence)
+    assert folder.exists(), "interrupted: the next attempt goes on from here"
+    _clean_up(settings, engine, job.id, job.fence - 1)
+    assert folder.exists(), "an attempt that lost its lease touches nobody else's files"
+    with transaction(engine) as connection:
+        jobs.fail_job(connection, job.id, job.fence, "no good")
+    _clean_up(settings, engine, job.id, job.fence)
+    assert not artifacts.job_folder(settings, job.id).exists()
 
 
 def test_sigterm_sets_the_stop_flag() -> None:

@@ -77,7 +77,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def held(settings: Settings, engine: Engine, **spec: Any) -> Job:
+def held(settings: Settings, engine: Engine, name: str = "a", **spec: Any) -> Job:
     """A job that was just claimed."""
     base = load_catalog(settings).resolve(MODEL_ID)
     assert base is not None
@@ -96,7 +96,8 @@ def held(settings: Settings, engine: Engine, **spec: Any) -> Job:
         **spec,
     }
     with transaction(engine) as connection:
-        return claimed(connection, queued(connection, "a", spec=whole, model_name="mine"))
+        job = queued(connection, name, spec=whole, model_name=whole["customModelName"])
+        return claimed(connection, job)
 
 
 def stage_statuses(engine: Engine, job: Job) -> list[str]:
@@ -228,6 +229,45 @@ def test_stop_is_heard_between_the_stages(
         with pytest.raises(StopRequested):
             customization.run(settings, engine, job, answer, objects=objects)
         assert stage_statuses(engine, job) == expected
+
+
+@pytest.mark.parametrize("heard", [5, 7, 9, 12])
+def test_interrupted_job_goes_on_where_it_was_to_the_same_model(
+    settings: Settings,
+    engine: Engine,
+    objects: MemoryStore,
+    caplog: pytest.LogCaptureFixture,
+    heard: int,
+) -> None:
+    caplog.set_level("INFO")
+    epochs = {"epochCount": "6", "batchSize": "8", "evalPercentage": "20"}
+    whole = held(settings, engine, "whole", userHyperParameters=epochs, customModelName="whole")
+    customization.run(settings, engine, whole, lambda: False, objects=objects)
+
+    first = held(settings, engine, "parts", userHyperParameters=epochs, customModelName="parts")
+    answer = iter([False] * heard + [True]).__next__
+    with pytest.raises(StopRequested):
+        customization.run(settings, engine, first, answer, objects=objects)
+    with transaction(engine) as connection:
+        assert jobs.requeue(connection, first.id, first.fence, "interrupted")
+        waiting = jobs.get_job_by_id(connection, first.id)
+        assert waiting is not None
+        second = claimed(connection, waiting)
+    assert second.fence > first.fence
+    assert "going on after step" not in caplog.text
+    customization.run(settings, engine, second, lambda: False, objects=objects)
+
+    assert "going on after step" in caplog.text
+    with engine.connect() as connection:
+        found = [models.get_model(connection, ACCOUNT, REGION, name) for name in ("whole", "parts")]
+    digests = {model.artifact_digest for model in found if model is not None}
+    assert len(digests) == 1
+    for file in (artifacts.step_metrics_object, validation_metrics):
+        assert objects.content[file(OUTPUT, second.id)] == objects.content[file(OUTPUT, whole.id)]
+
+
+def validation_metrics(output: S3Uri, job_id: str) -> S3Uri:
+    return artifacts.validation_metrics_objects(output, job_id)[0]
 
 
 def test_attempt_that_lost_its_lease_publishes_nothing(

@@ -42,7 +42,7 @@ def found(settings: Settings, engine: Engine) -> dict[str, tuple[int, str]]:
     }
 
 
-def test_scratch_files_are_garbage_once_their_attempt_has_ended(
+def test_scratch_files_are_garbage_once_their_job_has_ended(
     settings: Settings, engine: Engine
 ) -> None:
     data = settings.data_dir
@@ -51,15 +51,12 @@ def test_scratch_files_are_garbage_once_their_attempt_has_ended(
         waits = queued(connection, "waits")
     put(data, f"work/{runs.id}/1/state.bin")
     put(data, f"work/{runs.id}/0/state.bin")
-    put(data, f"work/{waits.id}/1/state.bin")
+    put(data, f"work/{waits.id}/1/state.bin")  # it goes on from there
     put(data, "work/unknown/1/deep/state.bin")
     (data / "work" / "empty").mkdir()
     age(data)
-    scratch = (5, "scratch files of an ended attempt")
     assert found(settings, engine) == {
-        f"work/{runs.id}/0": scratch,
-        f"work/{waits.id}/1": scratch,
-        "work/unknown/1": scratch,
+        "work/unknown/1": (5, "scratch files of an ended job"),
         "work/empty": (0, "folder of an ended job"),
     }
 

@@ -433,3 +433,15 @@ def test_reading_a_job_costs_well_under_a_millisecond() -> None:
         once()
         times.append(time.perf_counter() - started)
     assert sorted(times)[len(times) // 2] < 0.001
+
+
+def test_a_structure_that_is_the_whole_body_is_absent_where_the_body_is_empty() -> None:
+    operation = service_model("bedrock").operation_model(
+        "StartAutomatedReasoningPolicyBuildWorkflow"
+    )
+    payload = operation.input_shape.serialization["payload"]
+    labels = {"policyArn": "arn", "buildWorkflowType": "INGEST_CONTENT"}
+    route = Route("bedrock", operation, labels)
+    for body in (b"", b" \n"):
+        assert payload not in parse_request(route, query="", headers={}, body=body)
+    assert payload in parse_request(route, query="", headers={}, body=b"{}")
