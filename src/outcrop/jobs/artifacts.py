@@ -16,6 +16,7 @@ from outcrop.settings import Settings
 
 WRITE_CHECK = ".write_access_check_file.tmp"
 STEP_METRICS = "training_artifacts/step_wise_training_metrics.csv"
+STEP_DETAILS = "training_artifacts/step_metrics.jsonl"
 VALIDATION_METRICS = (
     "validation_artifacts/post_fine_tuning_validation/validation/validation_metrics.csv",
     "validation_artifacts/post_fine_tuning_validation/validation_metrics.csv",
@@ -31,6 +32,11 @@ def output_folder(output: S3Uri, job_id: str) -> S3Uri:
 def step_metrics_object(output: S3Uri, job_id: str) -> S3Uri:
     """Return where the loss of every step is written."""
     return output_folder(output, job_id).join(STEP_METRICS)
+
+
+def step_details_object(output: S3Uri, job_id: str) -> S3Uri:
+    """Return where what Bedrock's CSV has no column for is written: speed, memory, gradients."""
+    return output_folder(output, job_id).join(STEP_DETAILS)
 
 
 def validation_metrics_objects(output: S3Uri, job_id: str) -> list[S3Uri]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from typing import Any
 
 from sqlalchemy import Engine
@@ -21,7 +20,15 @@ from outcrop.objects.client import ObjectStore
 from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job
-from outcrop.train.metrics import StepRow, ValidationRow, step_csv, validation_csv
+from outcrop.train.metrics import (
+    SPEED_WINDOW,
+    StepRow,
+    ValidationRow,
+    speed,
+    step_csv,
+    step_jsonl,
+    validation_csv,
+)
 
 logger = logging.getLogger("outcrop.attempt")
 
@@ -29,8 +36,8 @@ PROGRESS_SECONDS = 0.5
 """Least time between two writes of the job's row: one costs about a millisecond of disk."""
 CSV_SECONDS = 5.0
 """Least time between two uploads of the CSV files."""
-SPEED_WINDOW = 20
-"""Steps over which tokens per second and time left are averaged."""
+MANY_STEPS = 10_000
+"""Beyond so many, the files are large, and are uploaded again only when they are a tenth longer."""
 
 
 class Reporter:
@@ -50,13 +57,12 @@ class Reporter:
         self.validations: list[ValidationRow] = []
         self._engine, self._objects, self._job, self._output = engine, objects, job, output
         self._total_steps, self._num_epochs = total_steps, num_epochs
-        self._recent: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
         self._progress_at = self._csv_at = 0.0
+        self._uploaded_steps = 0
 
     def on_step(self, row: StepRow) -> None:
         """Take the metrics of one optimizer step."""
         self.steps.append(row)
-        self._recent.append((row.seconds, row.num_tokens))
         self._report()
 
     def on_validation(self, row: ValidationRow) -> None:
@@ -79,7 +85,9 @@ class Reporter:
         if force or now - self._progress_at >= PROGRESS_SECONDS:
             self._progress_at = now
             self._write_progress()
-        if force or now - self._csv_at >= CSV_SECONDS:
+        num_steps = len(self.steps)
+        is_worth_it = num_steps <= MANY_STEPS or num_steps >= 1.1 * self._uploaded_steps
+        if force or (is_worth_it and now - self._csv_at >= CSV_SECONDS):
             self._csv_at = now
             try:
                 self._write_csv()
@@ -103,12 +111,12 @@ class Reporter:
         if self.steps:
             progress["epoch"] = round(self._num_epochs * done / self._total_steps, 3)
             progress["trainingLoss"] = self.steps[-1].training_loss
-            seconds = sum(seconds for seconds, _ in self._recent)
-            tokens = sum(tokens for _, tokens in self._recent)
-            if seconds > 0:
-                left = (self._total_steps - done) * seconds / len(self._recent)
-                progress["tokensPerSecond"] = round(tokens / seconds, 1)
-                progress["etaSeconds"] = round(left, 1)
+            tokens_per_second, eta_seconds = speed(
+                self.steps[-SPEED_WINDOW:], self._total_steps - done
+            )
+            if tokens_per_second is not None:
+                progress["tokensPerSecond"] = tokens_per_second
+                progress["etaSeconds"] = eta_seconds
         if self.validations:
             progress["validationLoss"] = self.validations[-1].validation_loss
             if self.validations[0].step_number == 0:
@@ -119,6 +127,11 @@ class Reporter:
         self._objects.write(
             artifacts.step_metrics_object(self._output, self._job.id), step_csv(self.steps)
         )
+        self._objects.write(
+            artifacts.step_details_object(self._output, self._job.id),
+            step_jsonl(self.steps, self._total_steps),
+        )
+        self._uploaded_steps = len(self.steps)
         if self.validations:
             body = validation_csv(self.validations)
             for uri in artifacts.validation_metrics_objects(self._output, self._job.id):

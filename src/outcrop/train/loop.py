@@ -35,7 +35,7 @@ from outcrop.evaluate.likelihood import (
 )
 from outcrop.models.load import compute_dtype, load_base
 from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
-from outcrop.train.memory import KEPT_TOKENS, recomputed_layers
+from outcrop.train.memory import KEPT_TOKENS, peak_memory_bytes, recomputed_layers
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
@@ -257,7 +257,7 @@ class _Run:
             loss, num_labels = gather_gradients(
                 self._trainable, batch, self._micro_batch_tokens, self._should_stop
             )
-            self._update()
+            rate, norm = self._update()
         except (NonFiniteLossError, EmptyLossError) as error:
             raise type(error)(f"Step {state.steps}: {error}") from None
         num_tokens = sum(len(example.input_ids) for example in batch)
@@ -268,6 +268,9 @@ class _Run:
             perplexity=perplexity(loss),
             num_tokens=num_tokens,
             seconds=time.perf_counter() - started,
+            learning_rate=rate,
+            gradient_norm=norm,
+            peak_memory_bytes=peak_memory_bytes(),
         )
         state.steps += 1
         state.num_tokens += num_tokens
@@ -298,7 +301,8 @@ class _Run:
                 }
         self._trainable.apply_masters()
 
-    def _update(self) -> None:
+    def _update(self) -> tuple[float, float]:
+        """Move the masters; return the learning rate and the gradient's uncut length."""
         masters = self._trainable.masters
         norm = float(torch.nn.utils.clip_grad_norm_(masters, MAX_GRADIENT_NORM))
         if not math.isfinite(norm):
@@ -311,6 +315,7 @@ class _Run:
         self._optimizer.step()
         self._trainable.apply_masters()
         self._trainable.drop_gradients()
+        return rate, norm
 
 
 def gather_gradients(

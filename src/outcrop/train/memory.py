@@ -1,4 +1,4 @@
-"""Trades time for memory where a record is long: activations are computed again, not kept.
+"""What a run takes of the memory, and how a long record takes less: activations are computed again.
 
 Each layer then keeps only its input until the backward pass. It costs about a third more time, so
 micro-batches of usual length do without. The numbers do not change.
@@ -6,6 +6,8 @@ micro-batches of usual length do without. The numbers do not change.
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,3 +37,9 @@ def recomputed_layers(model: LlamaForCausalLM) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def peak_memory_bytes() -> int:
+    """Return the most that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux

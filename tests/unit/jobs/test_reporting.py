@@ -9,7 +9,7 @@ from tests.unit.store.build import claimed, running
 
 from outcrop.errors import LeaseLost, ObjectStoreError
 from outcrop.ids import S3Uri
-from outcrop.jobs import artifacts
+from outcrop.jobs import artifacts, reporting
 from outcrop.jobs.reporting import Reporter
 from outcrop.store import jobs
 from outcrop.store.database import transaction
@@ -27,6 +27,9 @@ def step(number: int = 0) -> StepRow:
         perplexity=12.2,
         num_tokens=100,
         seconds=0.5,
+        learning_rate=1e-3,
+        gradient_norm=0.75,
+        peak_memory_bytes=1 << 30,
     )
 
 
@@ -104,3 +107,23 @@ def test_bucket_may_be_away_meanwhile_but_not_at_the_end(engine: Engine) -> None
     assert as_it_stands(engine, job).progress["validationLoss"] == 3.0
     with pytest.raises(ObjectStoreError):
         report.finish()
+
+
+def test_large_files_are_uploaded_only_when_they_have_grown_by_a_tenth(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "CSV_SECONDS", 0.0)
+    monkeypatch.setattr(reporting, "MANY_STEPS", 20)
+    job, objects = held(engine), MemoryStore()
+    report = reporter(engine, objects, job)
+    uploaded = []
+    for number in range(40):
+        report.on_step(step(number))
+        lines = objects.content[artifacts.step_metrics_object(OUTPUT, job.id)].splitlines()
+        uploaded.append(len(lines) - 1)
+    assert uploaded[:20] == list(range(1, 21)), "small ones every time"
+    assert sorted(set(uploaded[20:])) == [20, 22, 25, 28, 31, 35, 39]
+    report.finish()
+    for file in (artifacts.step_metrics_object, artifacts.step_details_object):
+        body = objects.content[file(OUTPUT, job.id)]
+        assert len(body.splitlines()) in (40, 41), "all of it in the end, with or without a header"

@@ -252,7 +252,7 @@ def test_numbers_come_back_as_they_were(tmp_path: Path) -> None:
         epoch_labels=31,
         best_loss=1e-300,
         stale=2,
-        step_rows=[StepRow(0, 0, 1 / 3, float("inf"), 12, 0.25)],
+        step_rows=[StepRow(0, 0, 1 / 3, float("inf"), 12, 0.25, 1e-3, 0.1, 1 << 30)],
         validation_rows=[ValidationRow(0, 0, 2.5, 12.182493960703473)],
     )
     tensors = {"0.value": torch.randn(3, 5).t(), "0.exp_avg": torch.tensor([1e-45, -0.0])}
