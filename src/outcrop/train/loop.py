@@ -53,6 +53,8 @@ WEIGHT_DECAY = 0.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each tensor, besides the number of steps."""
 ARTIFACT = "artifact"
+MAX_NAMED_RECORDS = 16
+"""So many records of a batch are named in a message."""
 NOT_FINITE_ADVICE = "Nothing was published. A smaller learningRate or a larger batchSize may help."
 
 
@@ -197,10 +199,14 @@ def train(
             epoch, step_of_epoch = divmod(state.steps, steps_per_epoch)
             order = shuffled(len(examples), seed, epoch)
             first = step_of_epoch * plan.batch_size
-            batch = [examples[place] for place in order[first : first + plan.batch_size]]
+            places = order[first : first + plan.batch_size]
             if step_of_epoch == 0:
                 state.epoch_loss, state.epoch_labels = 0.0, 0
-            on_step(run.step(batch, epoch))
+            try:
+                row = run.step([examples[place] for place in places], epoch)
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"{error} {describe_batch(places)}") from None
+            on_step(row)
             evaluate_if_due()
             if keeper is not None and keeper.is_due():
                 keeper.save(state, run.tensors())
@@ -385,6 +391,18 @@ def shuffled(num_examples: int, seed: int, epoch: int) -> list[int]:
     order = list(range(num_examples))
     random.Random(f"{seed}:{epoch}").shuffle(order)
     return order
+
+
+def describe_batch(places: Sequence[int]) -> str:
+    """Say which training records a batch held, counted from 1, for a message."""
+    numbers = sorted(place + 1 for place in places)
+    shown = ", ".join(map(str, numbers[:MAX_NAMED_RECORDS]))
+    more = len(numbers) - MAX_NAMED_RECORDS
+    return (
+        f"The batch held the training records {shown}"
+        + (f" and {more} more" if more > 0 else "")
+        + ", counted without blank lines and without those drawn off for validation."
+    )
 
 
 def folder_digest(folder: Path) -> str:

@@ -17,7 +17,7 @@ from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
 from outcrop.evaluate.likelihood import evaluate_likelihood
 from outcrop.models.load import load_base
 from outcrop.models.lora import load_adapter, set_adapter
-from outcrop.train.loop import ARTIFACT, folder_digest, shuffled, train
+from outcrop.train.loop import ARTIFACT, describe_batch, folder_digest, shuffled, train
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
 
@@ -195,8 +195,17 @@ def test_loss_that_is_not_finite_is_refused_with_its_step(tmp_path: Path) -> Non
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     model.save_pretrained(tmp_path / "broken")
-    with pytest.raises(NonFiniteLossError, match="Step 0: the training loss became nan"):
+    with pytest.raises(NonFiniteLossError, match="Step 0: the training loss became nan") as caught:
         train(PLAN, tmp_path / "broken", TRAINING, [], tmp_path / "output", threads=1)
+    records = sorted(place + 1 for place in shuffled(len(TRAINING), 0, 0)[: PLAN.batch_size])
+    assert f"held the training records {', '.join(map(str, records))}, " in str(caught.value)
+
+
+def test_a_large_batch_is_named_by_its_first_records() -> None:
+    assert describe_batch(range(18)).startswith(
+        "The batch held the training records 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 "
+        "and 2 more, counted"
+    )
 
 
 def test_validation_loss_that_is_not_finite_is_refused_with_its_step(tmp_path: Path) -> None:
