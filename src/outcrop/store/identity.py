@@ -16,6 +16,22 @@ from outcrop.store.rows import from_row
 OwnerKind = Literal["user", "role"]
 _REGION = tables.GLOBAL_REGION
 
+# Asked for at every request, so they are built once: that is a tenth of what a small one costs.
+_ACCESS_KEY = sa.select(tables.access_key).where(
+    tables.access_key.c.access_key_id == sa.bindparam("access_key_id")
+)
+_POLICIES = (
+    sa.select(tables.iam_policy)
+    .where(
+        tables.iam_policy.c.region == _REGION,
+        *(
+            tables.iam_policy.c[name] == sa.bindparam(name)
+            for name in ("account", "owner_kind", "owner_name")
+        ),
+    )
+    .order_by(tables.iam_policy.c.name)
+)
+
 
 @dataclass(frozen=True)
 class User:
@@ -78,8 +94,7 @@ def delete_user(connection: Connection, account: str, name: str) -> None:
 
 def access_key(connection: Connection, access_key_id: str) -> AccessKey | None:
     """Return an access key of any account."""
-    table = tables.access_key
-    row = connection.execute(sa.select(table).where(table.c.access_key_id == access_key_id)).first()
+    row = connection.execute(_ACCESS_KEY, {"access_key_id": access_key_id}).first()
     return None if row is None else from_row(AccessKey, row)
 
 
@@ -151,11 +166,8 @@ def policies(
     connection: Connection, account: str, owner_kind: OwnerKind, owner_name: str
 ) -> list[PolicyRow]:
     """Return the inline policies of a user or a role, by name."""
-    table = tables.iam_policy
-    query = sa.select(table).where(
-        *_where(table, account, owner_kind=owner_kind, owner_name=owner_name)
-    )
-    return [from_row(PolicyRow, row) for row in connection.execute(query.order_by(table.c.name))]
+    values = {"account": account, "owner_kind": owner_kind, "owner_name": owner_name}
+    return [from_row(PolicyRow, row) for row in connection.execute(_POLICIES, values)]
 
 
 def put_policy(

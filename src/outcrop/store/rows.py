@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from functools import cache
 from typing import Any, Generic, Literal, TypeVar, cast
 
 import sqlalchemy as sa
@@ -222,5 +223,10 @@ class Page(Generic[T]):
 
 def from_row(cls: type[T], row: sa.Row[Any]) -> T:
     """Build a dataclass from the columns of the same names."""
-    names = [item.name for item in fields(cast(Any, cls))]
-    return cls(**{name: getattr(row, name) for name in names})
+    mapping = row._mapping
+    return cls(**{name: mapping[name] for name in _names(cast(Any, cls))})
+
+
+@cache
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(cls))
