@@ -12,7 +12,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,13 @@ class Gateway:
     engine: Engine
     owner: Credentials
     store: Supervisor
+    clients: list[Any] = field(default_factory=list)
+    """What `client` made; closed with the gateway."""
 
     def client(self, credentials: Credentials | None = None, **config: Any) -> Any:
         """Return a boto3 client."""
         credentials = credentials or self.owner
-        return boto3.client(
+        made = boto3.client(
             "s3",
             endpoint_url=self.url,
             aws_access_key_id=credentials.access_key_id,
@@ -69,6 +71,8 @@ class Gateway:
             region_name=self.settings.region,
             config=Config(**{"retries": {"max_attempts": 1}, "read_timeout": 60, **config}),
         )
+        self.clients.append(made)
+        return made
 
     def user(self, *documents: str) -> Credentials:
         """Return the key of a new user with these policies."""
@@ -110,7 +114,10 @@ def gateway(data_dir: Path) -> Iterator[Gateway]:
     migrate(engine)
     owner = bootstrap(engine, settings)
     with embedded.running(settings) as store, _serve(settings, engine) as url:
-        yield Gateway(url, settings, engine, owner, store)
+        place = Gateway(url, settings, engine, owner, store)
+        yield place
+        for client in place.clients:
+            client.close()
     engine.dispose()
 
 
