@@ -43,7 +43,7 @@ def main() -> None:
         f"{NUM_REQUESTS} requests one after the other through boto3, a prompt of a few words, "
         f"{ANSWER_TOKENS} tokens of answer, temperature 0; the model is loaded.",
         rows,
-        "One job with two threads.",
+        "One job with two threads; in the first seconds of its training stage it loads the model.",
     )
 
 
