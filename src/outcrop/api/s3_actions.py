@@ -18,7 +18,7 @@ from functools import cache
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 from outcrop.errors import ApiError
-from outcrop.objects.keys import check_key
+from outcrop.objects.keys import check_key, invalid_argument
 from outcrop.wire.model import service_model
 
 OWN_PATHS = frozenset({"console", "healthz", "metrics", "v1", "outcrop"})
@@ -194,7 +194,7 @@ def read_call(method: str, raw_path: str, raw_query: str, headers: Mapping[str, 
         target = hoisted if is_header else query
         name = lowered if is_header else name
         if name in target:
-            raise _invalid_argument(f"The query parameter {name} stands twice.", name, value)
+            raise invalid_argument(f"The query parameter {name} stands twice.", name, value)
         target[name] = value
     headers = {**hoisted, **headers}
     _check_headers(headers)
@@ -348,7 +348,7 @@ def _check_headers(headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
         is_text = value.isascii() and (value.isprintable() or not value)
         if name.startswith("x-amz-") and not (is_text and _TOKEN.fullmatch(name)):
-            raise _invalid_argument(
+            raise invalid_argument(
                 "The names and values of x-amz- headers must be printable ASCII text.", name, value
             )
         if name.startswith(_REFUSED_HEADERS):
@@ -380,7 +380,7 @@ def _read_copy_source(text: str) -> CopySource:
         decoded = ""
     bucket, _, key = decoded.partition("/")
     if not key or not _BUCKET.fullmatch(bucket):
-        raise _invalid_argument(
+        raise invalid_argument(
             "Copy Source must mention the source bucket and key: sourcebucket/sourcekey",
             "x-amz-copy-source",
             text,
@@ -396,13 +396,4 @@ def _invalid_uri() -> ApiError:
 def _invalid_bucket(name: str, message: str) -> ApiError:
     return ApiError(
         message, code="InvalidBucketName", http_status=400, members={"BucketName": name}
-    )
-
-
-def _invalid_argument(message: str, name: str, value: str) -> ApiError:
-    return ApiError(
-        message,
-        code="InvalidArgument",
-        http_status=400,
-        members={"ArgumentName": name, "ArgumentValue": value[:200]},
     )

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from xml.sax.saxutils import escape
 
 from outcrop.api.s3_walk import Entry, Objects, Query, Read, Versions, walk
-from outcrop.errors import ApiError
+from outcrop.objects.keys import invalid_argument
 
 LISTINGS = frozenset({"ListObjects", "ListObjectsV2", "ListObjectVersions"})
 MAX_KEYS = 1000
@@ -54,12 +54,14 @@ def read_listing(operation: str, bucket: str, query: Query) -> Listing:
     given = dict(query)
     max_keys = given.get("max-keys", "") or str(MAX_KEYS)
     if not re.fullmatch(r"[0-9]{1,10}", max_keys) or int(max_keys) > 2**31 - 1:
-        raise _invalid(
+        raise invalid_argument(
             "Argument max-keys must be an integer between 0 and 2147483647", "max-keys", max_keys
         )
     encoding = given.get("encoding-type", "")
     if encoding not in ("", "url"):
-        raise _invalid("Invalid Encoding Method specified in Request", "encoding-type", encoding)
+        raise invalid_argument(
+            "Invalid Encoding Method specified in Request", "encoding-type", encoding
+        )
     after = given.get(
         {"ListObjects": "marker", "ListObjectsV2": "start-after"}.get(operation, "key-marker"), ""
     )
@@ -67,7 +69,7 @@ def read_listing(operation: str, bucket: str, query: Query) -> Listing:
         after = max(after, _read_token(given["continuation-token"]))
     after_version = given.get("version-id-marker", "")
     if after_version and not after:
-        raise _invalid(
+        raise invalid_argument(
             "A version-id marker cannot be specified without a key marker.",
             "version-id-marker",
             after_version,
@@ -238,13 +240,6 @@ def _read_token(token: str) -> str:
             return text.removeprefix(_TOKEN_MARK).decode("utf-8")
     except (binascii.Error, ValueError):
         pass
-    raise _invalid("The continuation token provided is incorrect", "continuation-token", token)
-
-
-def _invalid(message: str, name: str, value: str) -> ApiError:
-    return ApiError(
-        message,
-        code="InvalidArgument",
-        http_status=400,
-        members={"ArgumentName": name, "ArgumentValue": value[:200]},
+    raise invalid_argument(
+        "The continuation token provided is incorrect", "continuation-token", token
     )

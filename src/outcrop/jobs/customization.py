@@ -116,6 +116,7 @@ def run(
         work,
         on_step=reporter.on_step,
         on_validation=reporter.on_validation,
+        on_resume=reporter.on_resume,
         should_stop=should_stop,
         threads=job.cores,  # what the queue set aside for it, on whatever machine
         checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),

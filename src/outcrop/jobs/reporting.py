@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Engine
@@ -69,6 +70,11 @@ class Reporter:
         """Take a validation loss; that of step 0 is the base model's."""
         self.validations.append(row)
         self._report(force=True)
+
+    def on_resume(self, steps: Sequence[StepRow], validations: Sequence[ValidationRow]) -> None:
+        """Take what earlier attempts reported; nothing is written, so that nothing shrinks."""
+        self.steps.extend(steps)
+        self.validations.extend(validations)
 
     def finish(self) -> None:
         """Write everything, for good.

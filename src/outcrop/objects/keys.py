@@ -25,9 +25,10 @@ def check_key(key: str) -> None:
     *folders, name = key.split("/")
     for segment in (*folders, name) if name else folders:
         if segment in ("", ".", "..") or "\0" in segment or "\\" in segment:
-            raise _unsupported(
+            raise invalid_argument(
                 "Keys with an empty part (//), a part . or .., a backslash or a zero byte are not "
                 "supported.",
+                "key",
                 key,
             )
         if len(segment.encode()) > MAX_SEGMENT_BYTES:
@@ -40,15 +41,18 @@ def check_key(key: str) -> None:
     if folders and (
         folders[0] == ".uploads" or any(folder.endswith(".versions") for folder in folders)
     ):
-        raise _unsupported(
-            "Keys below .uploads/ or below a folder that ends in .versions are not supported.", key
+        raise invalid_argument(
+            "Keys below .uploads/ or below a folder that ends in .versions are not supported.",
+            "key",
+            key,
         )
 
 
-def _unsupported(message: str, key: str) -> ApiError:
+def invalid_argument(message: str, name: str, value: str) -> ApiError:
+    """Return S3's error for an argument that cannot be, which names it."""
     return ApiError(
         message,
         code="InvalidArgument",
         http_status=400,
-        members={"ArgumentName": "key", "ArgumentValue": key[:200]},
+        members={"ArgumentName": name, "ArgumentValue": value[:200]},
     )

@@ -89,6 +89,7 @@ def train(
     *,
     on_step: Callable[[StepRow], None] = lambda row: None,
     on_validation: Callable[[ValidationRow], None] = lambda row: None,
+    on_resume: Callable[[Sequence[StepRow], Sequence[ValidationRow]], None] = lambda *rows: None,
     should_stop: Callable[[], bool] = lambda: False,
     seed: int = 0,
     threads: int = 0,
@@ -109,6 +110,7 @@ def train(
         on_step: called after every optimizer step.
         on_validation: called with the base's loss (step 0) before the first step, then some times
             an epoch and at its end.
+        on_resume: called with all rows of the earlier tries where the run goes on from there.
         should_stop: asked between micro-batches; an unfinished step is thrown away.
         seed: decides the order of the records and the adapter's first values.
         threads: threads to compute with; 0 means all cores of this process.
@@ -121,8 +123,7 @@ def train(
             hundredth of the run at most.
         earlier: folders with checkpoints of earlier tries. The run goes on from the newest one
             that is whole and of a run with the same plan, data and settings, as if it had never
-            been interrupted; they are removed once there is a newer one. The callbacks are called
-            again for what had been reported.
+            been interrupted; they are removed once there is a newer one.
     Raises:
         EmptyLossError: no token of the records, or of one batch, carries loss.
         NonFiniteLossError: a loss or gradient became NaN or infinite; the message names the step.
@@ -159,10 +160,7 @@ def train(
     if found is not None:
         run.restore(found.tensors)
         logger.info("going on after step %d", state.steps)
-        for validation_row in state.validation_rows:
-            on_validation(validation_row)
-        for step_row in state.step_rows:
-            on_step(step_row)
+        on_resume(state.step_rows, state.validation_rows)
     keeper = (
         Keeper(
             *(checkpoints, identity, state.steps),

@@ -127,3 +127,15 @@ def test_large_files_are_uploaded_only_when_they_have_grown_by_a_tenth(
     for file in (artifacts.step_metrics_object, artifacts.step_details_object):
         body = objects.content[file(OUTPUT, job.id)]
         assert len(body.splitlines()) in (40, 41), "all of it in the end, with or without a header"
+
+
+def test_files_in_the_bucket_never_shrink_when_a_job_goes_on(engine: Engine) -> None:
+    job, objects = held(engine), MemoryStore()
+    steps, validations = [step(0), step(1)], [ValidationRow(0, 0, 3.0, 20.1)]
+    report = reporter(engine, objects, job)
+    report.on_resume(steps, validations)
+    assert objects.content == {}
+    report.on_step(step(2))
+    body = objects.content[artifacts.step_metrics_object(OUTPUT, job.id)]
+    assert len(body.splitlines()) == 1 + 3
+    assert as_it_stands(engine, job).progress["step"] == 3

@@ -99,6 +99,12 @@ def run(
         if row.step_number == die_after:
             raise Died
 
+    def on_resume(rows: Sequence[StepRow], evaluated: Sequence[ValidationRow]) -> None:
+        assert not steps, "told once, before anything else"
+        for row in rows:
+            steps.append((row.step_number, row.epoch_number, row.training_loss, row.num_tokens))
+        validations.extend(evaluated)
+
     result = train(
         plan,
         folder,
@@ -107,6 +113,7 @@ def run(
         output,
         on_step=on_step,
         on_validation=validations.append,
+        on_resume=on_resume,
         should_stop=should_stop,
         threads=1,
         micro_batch_tokens=24,
