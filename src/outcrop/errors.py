@@ -12,7 +12,7 @@
     ├── ObjectStoreError                        the object store answered with an error
     ├── DataError(ValueError)                   a record cannot be used: file, line, code, message
     ├── ModelError                              weights or a tokenizer cannot be read
-    ├── TrainingError                           NonFiniteLoss, EmptyLoss
+    ├── TrainingError                           NonFiniteLoss, OutOfMemory, EmptyLoss
     └── ServingError                            the model server could not answer
     JobSignal(BaseException)                    StopRequested, LeaseLost: no `except Exception`
     eats them
@@ -213,6 +213,10 @@ class TrainingError(OutcropError):
 
 class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The memory does not suffice, however small the parts that a step is cut into."""
 
 
 class EmptyLossError(TrainingError):

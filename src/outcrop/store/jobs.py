@@ -8,7 +8,7 @@ recovered job starts by the same claim as a new one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, Unpack
@@ -75,6 +75,7 @@ def create_job(
             **values,
             status="queued",
             progress={},
+            run_plan={},
             created_at=now,
             last_modified_at=now,
             attempts=0,
@@ -238,6 +239,7 @@ def requeue(
     *,
     lost: bool = True,
     heartbeat: int | None = None,
+    run_plan: Mapping[str, Any] | None = None,
 ) -> bool:
     """Put a held job back in the queue; one that was stopping ends as stopped.
 
@@ -245,6 +247,7 @@ def requeue(
         reason: what became of its attempt, for the job's owner.
         lost: the attempt ended by itself, so it counts towards `max_job_attempts`; False where it
             was ended in good order.
+        run_plan: takes the place of the row's; None leaves it.
         heartbeat: the heartbeat at which the holder was found dead; None where that is certain.
     Returns:
         False where the fence, or the heartbeat, is another one by now.
@@ -262,6 +265,7 @@ def requeue(
             worker=None,
             lost_attempts=_TABLE.c.lost_attempts + int(lost),
             last_modified_at=datetime.now(UTC),
+            **({} if run_plan is None else {"run_plan": dict(run_plan)}),
         )
     )
     if connection.execute(query).rowcount != 1:
@@ -336,6 +340,27 @@ def record_progress(
         .values(progress=progress, last_modified_at=datetime.now(UTC))
     )
     return connection.execute(query).rowcount == 1
+
+
+def record_run_plan(
+    connection: Connection, job_id: str, fence: int, run_plan: Mapping[str, Any]
+) -> bool:
+    """Keep what was decided for the job's run. False where the lease is lost."""
+    query = sa.update(_TABLE).where(*_held(job_id, fence)).values(run_plan=dict(run_plan))
+    return connection.execute(query).rowcount == 1
+
+
+def report_event(
+    connection: Connection, job_id: str, fence: int, level: str, type: str, message: str
+) -> bool:
+    """Tell the job's owner what happened in an attempt. False where the lease is lost."""
+    now = datetime.now(UTC)
+    # First, because it locks the row: no other attempt can begin before this transaction ends.
+    query = sa.update(_TABLE).where(*_held(job_id, fence)).values(last_modified_at=now)
+    if connection.execute(query).rowcount != 1:
+        return False
+    _event(connection, job_id, level, type, message)
+    return True
 
 
 def complete_job(

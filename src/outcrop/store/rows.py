@@ -70,6 +70,8 @@ class Job:
     """Grows while its holder lives."""
     cores: int
     memory_bytes: int
+    run_plan: dict[str, Any]
+    """What was decided for its run, once, so that every attempt computes the same."""
 
 
 @dataclass(frozen=True)

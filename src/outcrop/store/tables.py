@@ -137,6 +137,8 @@ job = sa.Table(
     _required("number", sa.BigInteger, server_default="0"),
     _required("claim_number", sa.BigInteger, server_default="0"),
     _required("lost_attempts", sa.Integer, server_default="0"),
+    # What was decided for its run, once: every attempt computes with it, on whatever machine.
+    _required("run_plan", sa.JSON, server_default="{}"),
     sa.UniqueConstraint("account", "region", "kind", "name"),
     sa.UniqueConstraint("account", "region", "arn"),
     sa.Index("job_queue", "status", "number"),

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from outcrop.store.migrations import m0001_first, m0002_turns
+from outcrop.store.migrations import m0001_first, m0002_turns, m0003_run_plan
 
 Migration = Callable[[Connection], None]
 
 MIGRATIONS: tuple[Migration, ...] = (
     m0001_first.apply,
     m0002_turns.apply,
+    m0003_run_plan.apply,
 )
