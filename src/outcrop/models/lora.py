@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from outcrop.errors import ModelError
+from outcrop.models.artifact import ADAPTER_CONFIG as ADAPTER_CONFIG
 from outcrop.models.catalog import ALL_LINEARS as ALL_LINEARS
 from outcrop.models.catalog import LoraConfig as LoraConfig
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TENSOR_PREFIX = "base_model.model."
 
@@ -115,17 +115,26 @@ class _AdaptedMatmul(torch.autograd.Function):
         return grad_x, None, None, grad_a_RI, grad_b_OR, None
 
 
-def attach(model: nn.Module, config: LoraConfig, seed: int) -> list[nn.Parameter]:
+def attach(
+    model: nn.Module, config: LoraConfig, seed: int, start: Adapter | None = None
+) -> list[nn.Parameter]:
     """Give the model a new adapter that can be trained, and return its parameters.
 
     A is drawn uniformly from +-1/sqrt(inputs), B is zero, so that the model's output is at first
     the base's. The numbers depend on the seed and each layer's name, not on any global state.
 
+    Args:
+        start: an adapter to go on from. The new one is at first the same function: what it has
+            more, in rank or layers, begins as above, and a scaling that differs is folded into B.
     Raises:
-        ModelError: the model has none of the layers that the configuration names.
+        ModelError: the model has none of the layers that the configuration names, or `start` does
+            not fit the model, or has a larger rank or other layers than the new one.
     """
     parameters = []
-    for name, layer in _adaptable(model, config.targets).items():
+    layers = _adaptable(model, config.targets)
+    if start is not None:
+        _check_start(start, config, layers)
+    for name, layer in layers.items():
         linear = layer.linear
         generator = torch.Generator().manual_seed(_seed(seed, name))
         bound = 1.0 / math.sqrt(linear.in_features)
@@ -133,6 +142,12 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> list[nn.Parameter
             -bound, bound, generator=generator
         )
         b_OR = torch.zeros(linear.out_features, config.rank)
+        if start is not None and name in start.tensors:
+            first_a_RI, first_b_OR = start.tensors[name]
+            a_RI[: start.config.rank] = first_a_RI
+            # In float64, so that it is rounded once at most, and not at all for powers of two.
+            factor = start.config.scaling / config.scaling
+            b_OR[:, : start.config.rank] = first_b_OR.double() * factor
         layer.lora_a = nn.Parameter(a_RI.to(linear.weight.device))
         layer.lora_b = nn.Parameter(b_OR.to(linear.weight.device))
         layer.scaling = config.scaling
@@ -153,18 +168,7 @@ def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
             layer.lora_a = layer.lora_b = None
         return
     layers = _adaptable(model, adapter.config.targets)
-    if layers.keys() != adapter.tensors.keys():
-        odd = sorted(layers.keys() ^ adapter.tensors.keys())
-        raise ModelError(f"The adapter does not fit the model: {odd[0]} is only in one of them.")
-    rank = adapter.config.rank
-    for name, (a_RI, b_OR) in adapter.tensors.items():
-        linear = layers[name].linear
-        wanted = ((rank, linear.in_features), (linear.out_features, rank))
-        if (tuple(a_RI.shape), tuple(b_OR.shape)) != wanted:
-            raise ModelError(
-                f"The adapter does not fit the model: {name} has shapes {tuple(a_RI.shape)} and "
-                f"{tuple(b_OR.shape)}, where {wanted[0]} and {wanted[1]} are needed."
-            )
+    _check_fit(adapter, {name: layer.linear for name, layer in layers.items()})
     for name, layer in _lora_layers(model).items():
         if name not in adapter.tensors:
             layer.lora_a = layer.lora_b = None
@@ -177,6 +181,28 @@ def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
             scaled_b_OR.to(weight.device, weight.dtype), requires_grad=False
         )
         layer.scaling = 1.0
+
+
+def weight_changes(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Return what an adapter adds to the weights of a model that has none attached.
+
+    Returns:
+        Name of a weight, as `named_parameters` has it -> scaling * B A, float32, of shape (O, I).
+        Each is computed in float64 and rounded once.
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in adapter.config.targets
+    }
+    _check_fit(adapter, linears)
+    scaling = adapter.config.scaling
+    return {
+        f"{name}.weight": (b_OR.double() @ a_RI.double() * scaling).float()
+        for name, (a_RI, b_OR) in adapter.tensors.items()
+    }
 
 
 def adapter_of(model: nn.Module, config: LoraConfig) -> Adapter:
@@ -270,6 +296,41 @@ def _adaptable(model: nn.Module, targets: tuple[str, ...]) -> dict[str, LoraLine
     if not layers:
         raise ModelError(f"The model has no linear layer named {', '.join(targets)}.")
     return layers
+
+
+def _check_fit(adapter: Adapter, linears: Mapping[str, nn.Linear]) -> None:
+    """Refuse an adapter that is not made for exactly these layers."""
+    if linears.keys() != adapter.tensors.keys():
+        odd = sorted(linears.keys() ^ adapter.tensors.keys())
+        raise ModelError(f"The adapter does not fit the model: {odd[0]} is only in one of them.")
+    rank = adapter.config.rank
+    for name, (a_RI, b_OR) in adapter.tensors.items():
+        linear = linears[name]
+        wanted = ((rank, linear.in_features), (linear.out_features, rank))
+        if (tuple(a_RI.shape), tuple(b_OR.shape)) != wanted:
+            raise ModelError(
+                f"The adapter does not fit the model: {name} has shapes {tuple(a_RI.shape)} and "
+                f"{tuple(b_OR.shape)}, where {wanted[0]} and {wanted[1]} are needed."
+            )
+
+
+def _check_start(start: Adapter, config: LoraConfig, layers: Mapping[str, LoraLinear]) -> None:
+    """Refuse to go on from an adapter that the new one cannot hold, or of another model."""
+    missing = sorted(set(start.config.targets) - set(config.targets))
+    if missing or start.config.rank > config.rank:
+        raise ModelError(
+            f"An adapter of rank {config.rank} on {', '.join(config.targets)} cannot go on from "
+            f"one of rank {start.config.rank} on {', '.join(start.config.targets)}: it is smaller."
+        )
+    targets = start.config.targets
+    _check_fit(
+        start,
+        {
+            name: layer.linear
+            for name, layer in layers.items()
+            if name.rpartition(".")[2] in targets
+        },
+    )
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

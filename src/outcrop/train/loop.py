@@ -9,7 +9,6 @@ The loop knows nothing of jobs, buckets or databases: it reports through callbac
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import random
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ from outcrop.evaluate.likelihood import (
     perplexity,
     token_losses,
 )
+from outcrop.models.artifact import folder_digest as folder_digest
+from outcrop.models.artifact import read_artifact
 from outcrop.models.load import compute_dtype, load_base
+from outcrop.models.lora import load_adapter
 from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
 from outcrop.train.memory import KEPT_TOKENS, peak_memory_bytes, recomputed_layers
 from outcrop.train.methods import Trainable, make_trainable
@@ -41,6 +44,9 @@ from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
 from outcrop.train.schedule import evaluation_steps, learning_rate
 from outcrop.train.threads import available_cores
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +93,7 @@ def train(
     validation: Sequence[Example],
     output: Path,
     *,
+    parent: Path | None = None,
     on_step: Callable[[StepRow], None] = lambda row: None,
     on_validation: Callable[[ValidationRow], None] = lambda row: None,
     on_resume: Callable[[Sequence[StepRow], Sequence[ValidationRow]], None] = lambda *rows: None,
@@ -107,6 +114,7 @@ def train(
         examples: rendered training records; loss is taken where their masks say so.
         validation: rendered validation records; may be empty.
         output: folder that receives the artifact; made where it does not exist.
+        parent: artifact of the custom model to go on from; None starts from the base model.
         on_step: called after every optimizer step.
         on_validation: called with the base's loss (step 0) before the first step, then some times
             an epoch and at its end.
@@ -140,14 +148,14 @@ def train(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     dtype = dtype or compute_dtype()
-    model = load_base(folder, dtype)
-    trainable = make_trainable(model, plan, seed)
+    model, trainable = _load(plan, folder, parent, dtype, seed)
     identity = run_identity(
         *(plan, examples, validation),
         seed=seed,
         threads=threads,
         dtype=dtype,
         micro_batch_tokens=micro_batch_tokens,
+        parent=None if parent is None else folder_digest(parent),
     )
     found = newest_checkpoint(earlier, identity)
     if found is not None and not found.has_same_data:
@@ -226,6 +234,19 @@ def train(
         seconds=time.perf_counter() - started,
         stopped_early=state.steps < run.total_steps,
     )
+
+
+def _load(
+    plan: TrainPlan, folder: Path, parent: Path | None, dtype: torch.dtype, seed: int
+) -> tuple[LlamaForCausalLM, Trainable]:
+    """Load what is trained: the base model, or the custom model that training goes on from."""
+    if parent is None:
+        model = load_base(folder, dtype)
+        return model, make_trainable(model, plan, seed)
+    artifact = read_artifact(parent)
+    model = load_base(artifact.weights or folder, dtype)
+    start = None if artifact.adapter is None else load_adapter(artifact.adapter)
+    return model, make_trainable(model, plan, seed, start=start, whole=artifact.weights)
 
 
 class _Run:
@@ -401,13 +422,3 @@ def describe_batch(places: Sequence[int]) -> str:
         + (f" and {more} more" if more > 0 else "")
         + ", counted without blank lines and without those drawn off for validation."
     )
-
-
-def folder_digest(folder: Path) -> str:
-    """Return a SHA-256 in hex over the names and bytes of the files of a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
-    return digest.hexdigest()

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from outcrop.models.lora import LoraConfig, adapter_of, attach, save_adapter
+from outcrop.models.artifact import ADAPTER_FOLDER, copy_weights
+from outcrop.models.lora import (
+    Adapter,
+    LoraConfig,
+    adapter_of,
+    attach,
+    save_adapter,
+    weight_changes,
+)
 from outcrop.train.plan import TrainPlan
 
 if TYPE_CHECKING:
@@ -40,6 +48,8 @@ class Trainable:
     """What the forward pass uses and gradients arrive at."""
     masters: list[Tensor]
     """What the optimizer moves, float32; the same tensors where `live` is float32 already."""
+    whole: Path | None = None
+    """Folder of the frozen weights where they are a custom model's own, not the base's."""
 
     def collect_gradients(self) -> None:
         """Add the gradients of one backward pass to the masters'."""
@@ -65,9 +75,15 @@ class Trainable:
             tensor.grad = None
 
     def save(self, folder: Path, base_folder: Path) -> None:
-        """Write the artifact: an adapter, or a whole model that can be loaded like its base."""
+        """Write the artifact: an adapter, or a whole model that can be loaded like its base.
+
+        An adapter over a custom model's own weights is written together with those weights.
+        """
         if self.plan.method == "adapter":
             adapter = adapter_of(self.model, _lora_config(self.plan))
+            if self.whole is not None:
+                copy_weights(self.whole, folder)
+                folder = folder / ADAPTER_FOLDER
             save_adapter(adapter, folder, self.plan.base_model)
             return
         self.model.save_pretrained(folder, safe_serialization=True)
@@ -76,26 +92,43 @@ class Trainable:
                 shutil.copyfile(base_folder / name, folder / name)
 
 
-def make_trainable(model: LlamaForCausalLM, plan: TrainPlan, seed: int) -> Trainable:
+def make_trainable(
+    model: LlamaForCausalLM,
+    plan: TrainPlan,
+    seed: int,
+    *,
+    start: Adapter | None = None,
+    whole: Path | None = None,
+) -> Trainable:
     """Prepare a loaded, frozen model for the plan's method.
 
     Args:
         seed: decides the adapter's first values; full fine-tuning starts from the weights.
+        start: the adapter of the custom model that training goes on from. The plan's adapter
+            begins as it; for full fine-tuning it is added to the float32 masters.
+        whole: folder of the model's weights where they are a custom model's own.
     Raises:
-        ModelError: the model has no layer that the plan's adapter could change.
+        ModelError: the model has no layer that the plan's adapter could change, or `start` does
+            not fit the model or the plan.
     """
     if plan.method == "adapter":
-        parameters = attach(model, _lora_config(plan), seed)
-        return Trainable(model, plan, parameters, list(parameters))
+        parameters = attach(model, _lora_config(plan), seed, start)
+        return Trainable(model, plan, parameters, list(parameters), whole)
+    changes = {} if start is None else weight_changes(model, start)
     model.requires_grad_(True)
-    live = list(model.parameters())
-    masters = [
-        parameter
-        if parameter.dtype == torch.float32
-        else parameter.detach().float().requires_grad_(True)
-        for parameter in live
-    ]
-    return Trainable(model, plan, live, masters)
+    live, masters = [], []
+    for name, parameter in model.named_parameters():
+        is_master = parameter.dtype == torch.float32
+        master = parameter if is_master else parameter.detach().float().requires_grad_(True)
+        if name in changes:
+            with torch.no_grad():
+                master += changes[name].to(master.device)
+        live.append(parameter)
+        masters.append(master)
+    trainable = Trainable(model, plan, live, masters)
+    if changes:
+        trainable.apply_masters()
+    return trainable
 
 
 def _lora_config(plan: TrainPlan) -> LoraConfig:

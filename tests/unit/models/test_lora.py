@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from outcrop.models.lora import (
     load_adapter,
     save_adapter,
     set_adapter,
+    weight_changes,
 )
 
 CONFIG = LoraConfig(rank=4, alpha=8.0)
@@ -232,3 +234,92 @@ def test_unfinished_or_damaged_adapter_is_refused(model: LlamaForCausalLM, tmp_p
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ModelError, match="cannot be read"):
         load_adapter(tmp_path)
+
+
+def doubled(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model in float64, its adapter's parameters included."""
+    model.double()
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(CONFIG, id="same shape"),
+        pytest.param(LoraConfig(9, 8.0), id="larger rank, smaller scaling"),
+        pytest.param(LoraConfig(16, 32.0), id="larger rank, same scaling"),
+        pytest.param(LoraConfig(4, 3.0), id="other alpha"),
+    ],
+)
+@pytest.mark.parametrize("targets", [ALL_LINEARS, ("q_proj", "down_proj")])
+def test_adapter_that_goes_on_from_another_is_at_first_the_same_function(
+    config: LoraConfig, targets: tuple[str, ...]
+) -> None:
+    before, after = tiny_model(), tiny_model()
+    start = trained(before, dataclasses.replace(CONFIG, targets=targets))
+    attach(after, config, seed=5, start=start)
+    wanted = logits(doubled(before))
+    assert not torch.allclose(wanted, logits(doubled(tiny_model())))
+    # B is kept in float32; a factor that is no power of two is rounded there, once.
+    exact = math.log2(start.config.scaling / config.scaling).is_integer()
+    tolerance = 1e-12 if exact else 1e-6
+    torch.testing.assert_close(logits(doubled(after)), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_what_a_larger_adapter_has_more_begins_as_a_new_one() -> None:
+    start = trained(tiny_model(), LoraConfig(4, 8.0, ("q_proj",)))
+    model, fresh = tiny_model(), tiny_model()
+    config = LoraConfig(6, 12.0, ("q_proj", "up_proj"))
+    attach(model, config, seed=5, start=start)
+    attach(fresh, config, seed=5)
+    grown, new = adapter_of(model, config), adapter_of(fresh, config)
+    assert grown.tensors.keys() == new.tensors.keys()
+    for name, (a_RI, b_OR) in grown.tensors.items():
+        if name in start.tensors:
+            assert torch.equal(a_RI[:4], start.tensors[name][0])
+            assert torch.equal(b_OR[:, :4], start.tensors[name][1])
+            assert torch.equal(a_RI[4:], new.tensors[name][0][4:])
+            assert not b_OR[:, 4:].any()
+        else:
+            assert torch.equal(a_RI, new.tensors[name][0])
+            assert not b_OR.any()
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(3, 8.0), LoraConfig(8, 8.0, ("q_proj", "k_proj"))], ids=str
+)
+def test_a_smaller_adapter_cannot_go_on_from_a_larger_one(config: LoraConfig) -> None:
+    start = trained(tiny_model())
+    with pytest.raises(ModelError, match=r"rank 4 on q_proj, .* it is smaller"):
+        attach(tiny_model(), config, seed=0, start=start)
+
+
+def test_an_adapter_of_another_model_cannot_be_gone_on_from() -> None:
+    start = trained(tiny_model(num_hidden_layers=1))
+    with pytest.raises(ModelError, match=r"does not fit the model: model\.layers\.1"):
+        attach(tiny_model(), CONFIG, seed=0, start=start)
+
+
+@pytest.mark.parametrize("alpha", [8.0, 7.0])
+def test_merged_adapter_equals_unmerged(alpha: float) -> None:
+    config = dataclasses.replace(CONFIG, alpha=alpha)
+    model, merged = tiny_model(), tiny_model()
+    adapter = trained(model, config)
+    changes = weight_changes(merged, adapter)
+    assert {change.dtype for change in changes.values()} == {torch.float32}
+    doubled(merged)
+    weights = dict(merged.named_parameters())
+    with torch.no_grad():
+        for name, (a_RI, b_OR) in adapter.tensors.items():
+            exact = b_OR.double() @ a_RI.double() * config.scaling
+            torch.testing.assert_close(changes[f"{name}.weight"].double(), exact)
+            weights[f"{name}.weight"].add_(exact)
+    tolerance = 1e-9 if alpha == 8.0 else 1e-6
+    wanted = logits(doubled(model))
+    torch.testing.assert_close(logits(merged), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_an_adapter_that_does_not_fit_is_not_merged() -> None:
+    adapter = trained(tiny_model(hidden_size=32))
+    with pytest.raises(ModelError, match="does not fit the model"):
+        weight_changes(tiny_model(), adapter)

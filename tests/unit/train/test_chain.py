@@ -1,0 +1,166 @@
+"""A run that goes on from a custom model: every kind of parent, every kind of child."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.assets.tiny_examples import learnable_examples
+from tests.assets.tiny_model import write_tiny_model
+from torch import Tensor
+
+from outcrop.errors import ModelError
+from outcrop.evaluate.likelihood import evaluate_likelihood
+from outcrop.models.artifact import read_artifact
+from outcrop.models.load import load_base
+from outcrop.models.lora import load_adapter, set_adapter
+from outcrop.train.loop import train
+from outcrop.train.metrics import ValidationRow
+from outcrop.train.plan import TrainPlan
+
+PLAN = TrainPlan(
+    base_model="Tiny",
+    method="adapter",
+    num_epochs=1,
+    batch_size=8,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    lora_rank=4,
+    lora_alpha=8.0,
+    lora_targets=("q_proj", "v_proj", "up_proj", "down_proj"),
+    early_stopping=None,
+    evaluation_percentage=None,
+    hyper_parameters={},
+)
+FULL = dataclasses.replace(PLAN, method="full", learning_rate=2e-3)
+LARGER = dataclasses.replace(
+    PLAN, lora_rank=12, lora_alpha=24.0, lora_targets=(*PLAN.lora_targets, "o_proj")
+)
+TRAINING = learnable_examples(40)
+MORE = learnable_examples(24, seed=2)
+VALIDATION = learnable_examples(12, seed=1)
+PLANS = {"adapter": PLAN, "full": FULL}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(
+    plan: TrainPlan, folder: Path, output: Path, parent: Path | None = None, **options: Any
+) -> tuple[Path, list[float]]:
+    """Train in float32 and return the artifact and the validation losses."""
+    rows: list[ValidationRow] = []
+    result = train(
+        plan,
+        folder,
+        TRAINING if parent is None else MORE,
+        VALIDATION,
+        output,
+        parent=parent,
+        on_validation=rows.append,
+        threads=1,
+        dtype=torch.float32,
+        **options,
+    )
+    return result.artifact, [row.validation_loss for row in rows]
+
+
+def loss_of(artifact: Path, folder: Path) -> float:
+    """The validation loss of an artifact as whoever serves it reads it."""
+    found = read_artifact(artifact)
+    model = load_base(found.weights or folder, torch.float32)
+    if found.adapter is not None:
+        set_adapter(model, load_adapter(found.adapter))
+    return evaluate_likelihood(model, VALIDATION).loss
+
+
+@pytest.mark.parametrize("child", ["adapter", "full", "larger"])
+@pytest.mark.parametrize("parent", ["adapter", "full", "both"])
+def test_training_goes_on_from_the_parents_function_and_learns_more(
+    folder: Path, tmp_path: Path, parent: str, child: str
+) -> None:
+    if parent == "both":
+        whole, _ = run(FULL, folder, tmp_path / "grandparent")
+        before, losses = run(PLAN, folder, tmp_path / "parent", whole)
+    else:
+        before, losses = run(PLANS[parent], folder, tmp_path / "parent")
+    plan = {**PLANS, "larger": LARGER}[child]
+    after, more = run(plan, folder, tmp_path / "child", before)
+    assert more[0] == pytest.approx(losses[-1], rel=1e-6), "it begins where the parent ended"
+    assert more[-1] < losses[-1]
+    has_own_weights = child == "full" or parent != "adapter"
+    found = read_artifact(after)
+    assert (found.weights is not None, found.adapter is not None) == (
+        has_own_weights,
+        child != "full",
+    )
+    for gone in ("parent", "grandparent"):
+        shutil.rmtree(tmp_path / gone, ignore_errors=True)
+    assert loss_of(after, folder) == pytest.approx(more[-1], rel=1e-6), "it needs no parent"
+
+
+def test_an_adapter_over_own_weights_leaves_their_bytes_as_they_are(
+    folder: Path, tmp_path: Path
+) -> None:
+    whole, _ = run(FULL, folder, tmp_path / "one")
+    child, _ = run(PLAN, folder, tmp_path / "two", whole)
+    grandchild, _ = run(LARGER, folder, tmp_path / "three", child)
+    weights = [path / "model.safetensors" for path in (whole, child, grandchild)]
+    assert len({path.read_bytes() for path in weights}) == 1
+    assert load_adapter(grandchild / "adapter").config.rank == LARGER.lora_rank
+
+
+def test_an_adapter_is_merged_into_float32_masters_also_where_bfloat16_computes(
+    folder: Path, tmp_path: Path
+) -> None:
+    from outcrop.train.methods import make_trainable
+
+    parent, _ = run(PLAN, folder, tmp_path / "parent")
+    adapter = load_adapter(parent)
+    model = load_base(folder, torch.bfloat16)
+    bases = {name: tensor.detach().float() for name, tensor in model.named_parameters()}
+    trainable = make_trainable(model, FULL, 0, start=adapter)
+    names = [name for name, _ in model.named_parameters()]
+    masters: dict[str, Tensor] = dict(zip(names, trainable.masters, strict=True))
+    for name, (a_RI, b_OR) in adapter.tensors.items():
+        wanted = bases[f"{name}.weight"].double() + adapter.config.scaling * (
+            b_OR.double() @ a_RI.double()
+        )
+        torch.testing.assert_close(masters[f"{name}.weight"].double(), wanted, rtol=1e-6, atol=1e-7)
+    live = dict(model.named_parameters())
+    assert all(torch.equal(live[name], masters[name].bfloat16()) for name in names)
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_of_another_parent(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    one, _ = run(PLAN, folder, tmp_path / "one")
+    two, _ = run(dataclasses.replace(PLAN, learning_rate=5e-3), folder, tmp_path / "two")
+    kept = tmp_path / "checkpoints"
+    options = {"checkpoints": kept, "checkpoint_seconds": 0.0}
+    run(PLAN, folder, tmp_path / "first", one, **options)
+    wanted, _ = run(PLAN, folder, tmp_path / "alone", two)
+    found, _ = run(PLAN, folder, tmp_path / "second", two, earlier=[kept])
+    assert "of another run" in caplog.text
+    name = "adapter_model.safetensors"
+    assert (found / name).read_bytes() == (wanted / name).read_bytes()
+
+
+def test_a_parent_that_is_gone_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="neither an adapter nor a whole model"):
+        run(PLAN, folder, tmp_path / "output", tmp_path / "nowhere")
