@@ -20,6 +20,12 @@ from outcrop.ids import parse_arn
 from outcrop.models.operator import OperatorEntry, operator_entries
 from outcrop.settings import Settings
 
+FINE_TUNING, CONTINUED_PRE_TRAINING = "FINE_TUNING", "CONTINUED_PRE_TRAINING"
+"""Customization types, as Bedrock names them."""
+ADAPTER, FULL = "adapter", "full"
+"""What is trained: a change of low rank beside the frozen weights, or all the weights."""
+DOCUMENTS = "continued-pre-training"
+"""The one format of data for continued pre-training: raw text."""
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WEIGHTS_FILE = "weights.toml"
 _FACTORS_FILE = "learning_rate_factors.toml"
@@ -65,7 +71,8 @@ class RecordQuota:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Shape and reach of an adapter; Bedrock has no parameter for it, so a job has the defaults."""
+    """Shape and reach of an adapter. Bedrock has no parameter for it; hyperparameters of our own
+    do."""
 
     rank: int = 16
     """Width of the change, at least 1."""
@@ -78,6 +85,19 @@ class LoraConfig:
     def scaling(self) -> float:
         """What the product of A and B is multiplied by."""
         return self.alpha / self.rank
+
+
+OWN_HYPER_PARAMETERS = (
+    Hyperparameter(
+        "adapterRank", "int", 1, 256, None, "width of the adapter", "our own: Bedrock has none"
+    ),
+    Hyperparameter(
+        *("adapterAlpha", "float", 0.1, 1024.0, None),
+        *("the adapter is multiplied by adapterAlpha / adapterRank", "our own: Bedrock has none"),
+    ),
+)
+"""What every family takes besides Bedrock's own, as numbers. Defaults are the catalogue's adapter,
+or that of the custom model a job starts from; see `train/own_parameters.py`."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +131,12 @@ class BaseModel:
     bedrock_output_tokens: int
     """Tokens one invocation may ask for at Bedrock."""
     data_formats: tuple[str, ...]
-    """"prompt-completion", "conversation", "claude-messages"."""
+    """For fine-tuning: "prompt-completion", "conversation", "claude-messages"."""
     customizations: tuple[str, ...]
     """Customization types that really work on it."""
     hyper_parameters: tuple[Hyperparameter, ...]
     records: RecordQuota
+    """For fine-tuning."""
     token_limits: tuple[TokenLimit, ...]
     """By rising batch size; above the last row, that row holds."""
     batch_size: int
@@ -124,7 +145,12 @@ class BaseModel:
     """What learningRateMultiplier multiplies; None where the family has learningRate."""
     learning_rate_factor: Mapping[str, float]
     """Method ("adapter", "full") -> what turns the user's learning rate into the optimizer's."""
+    method: str = ADAPTER
+    """What a job trains that does not say."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter of a job that does not say. No other layers than these can have one."""
+    pre_training_records: RecordQuota = field(default_factory=RecordQuota)
+    """For continued pre-training."""
     sources: tuple[str, ...] = ()
 
     @property
@@ -136,6 +162,16 @@ class BaseModel:
     def max_output_tokens(self) -> int:
         """Tokens one invocation may ask for: the lesser of Bedrock's limit and the context."""
         return min(self.bedrock_output_tokens, self.context_tokens)
+
+    def formats(self, customization_type: str) -> tuple[str, ...]:
+        """Return the data formats that a job of a type takes, the preferred first."""
+        is_pre_training = customization_type == CONTINUED_PRE_TRAINING
+        return (DOCUMENTS,) if is_pre_training else self.data_formats
+
+    def record_quota(self, customization_type: str) -> RecordQuota:
+        """Return how many records a job of a type may have."""
+        is_pre_training = customization_type == CONTINUED_PRE_TRAINING
+        return self.pre_training_records if is_pre_training else self.records
 
     def token_limit(self, batch_size: int) -> TokenLimit | None:
         """Return the limit at a batch size; None where Bedrock documents none."""
@@ -240,6 +276,11 @@ def _family(
             batch_size=table["batch_size"],
             base_learning_rate=table.get("base_learning_rate"),
             learning_rate_factor=factors.get(table["family"], {}),
+            method=table.get("method", ADAPTER),
+            lora=LoraConfig(**table.get("adapter", {})),
+            pre_training_records=RecordQuota(
+                **table.get("continued_pre_training", {}).get("records", {})
+            ),
             sources=tuple(table["sources"]),
         )
 

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from outcrop.errors import ModelError
-from outcrop.models.catalog import BaseModel, families, load_catalog, shipped_models
+from outcrop.models.catalog import (
+    OWN_HYPER_PARAMETERS,
+    BaseModel,
+    families,
+    load_catalog,
+    shipped_models,
+)
 from outcrop.models.files import read_json
 from outcrop.models.operator import (
     catalog_folder,
@@ -53,12 +59,16 @@ def describe_model(settings: Settings, base: BaseModel) -> dict[str, Any]:
         "contextTokens": base.context_tokens,
         "maxOutputTokens": base.max_output_tokens,
         "customizations": list(base.customizations),
-        "dataFormats": list(base.data_formats),
+        "dataFormats": {name: list(base.formats(name)) for name in base.customizations},
         "bodyFamily": base.body_family,
         "hyperParameters": [asdict(row) for row in base.hyper_parameters],
         "learningRateFactor": dict(base.learning_rate_factor),
+        "method": base.method,
         "adapter": {**asdict(base.lora), "targets": list(base.lora.targets)},
-        "bedrockRecordQuota": asdict(base.records),
+        "ownHyperParameters": [asdict(row) for row in OWN_HYPER_PARAMETERS],
+        "bedrockRecordQuota": {
+            name: asdict(base.record_quota(name)) for name in base.customizations
+        },
         "bedrockTokenLimits": [asdict(limit) for limit in base.token_limits],
         "sources": list(base.sources),
     }

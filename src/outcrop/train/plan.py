@@ -2,8 +2,8 @@
 
 Everything a user may set is one row of the catalogue's table: name, kind, bounds, default. This
 module checks against that table, completes it with the defaults, and turns the result into the
-numbers of the method that really trains. It needs no torch, so the gateway refuses a bad value
-before a job exists.
+numbers of the method that really trains. What Bedrock has no parameter for is in
+`own_parameters.py`. It needs no torch, so the gateway refuses a bad value before a job exists.
 
 `learningRate` is in the units of full fine-tuning, as in Bedrock's examples. An adapter needs a
 larger one for the same effect: the catalogue's factor for the family and method says how much;
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from outcrop.errors import ValidationException
+from outcrop.models.catalog import OWN_HYPER_PARAMETERS
+from outcrop.train.own_parameters import OWN_NAMES, Choice, choose
+from outcrop.train.own_parameters import Parent as Parent
 
 if TYPE_CHECKING:
     from outcrop.models.catalog import BaseModel, Hyperparameter
@@ -68,7 +71,8 @@ class TrainPlan:
     evaluation_percentage: float | None
     """Share of the training records, in percent, to take as validation records; None for none."""
     hyper_parameters: Mapping[str, str]
-    """In effect: the user's as they were sent, and defaults in Bedrock's form."""
+    """In effect: the user's as they were sent, and defaults in Bedrock's form. Those of our own are
+    there only where they were sent: who compares with Bedrock's tables finds no strange name."""
 
     def total_steps(self, num_examples: int) -> int:
         """Return the number of optimizer steps for so many training records."""
@@ -96,7 +100,7 @@ def make_plan(
     hyper_parameters: Mapping[str, str],
     *,
     has_validation: bool,
-    method: str = "adapter",
+    parent: Parent | None = None,
 ) -> TrainPlan:
     """Check the hyperparameters of a job against the catalogue and make its plan.
 
@@ -104,11 +108,12 @@ def make_plan(
         customization_type: "FINE_TUNING" or "CONTINUED_PRE_TRAINING".
         hyper_parameters: as sent; names and values are strings.
         has_validation: whether the job names validation data.
-        method: "adapter" or "full"; what is trained is not among Bedrock's settings.
+        parent: the custom model that the job starts from; None starts from the base model.
     Raises:
         ValidationException: the model cannot be customized so, a name is unknown, a value is not a
-            number of the wanted kind or out of bounds, or a parameter without a default is
-            missing. All findings about parameters are in one message.
+            number of the wanted kind or out of bounds, a parameter without a default is missing,
+            or the adapter has no room for the parent's. All findings about parameters are in one
+            message.
     """
     if customization_type not in base.customizations:
         raise ValidationException(
@@ -117,10 +122,19 @@ def make_plan(
         )
     table = {row.name: row for row in base.hyper_parameters}
     findings = [
-        f"Hyperparameter {name!r} is unknown. {base.model_id} knows {', '.join(table)}."
+        f"Hyperparameter {name!r} is unknown. {base.model_id} knows {', '.join(table)}; besides "
+        f"Bedrock's, there are {', '.join(OWN_NAMES)}."
         for name in hyper_parameters
-        if name not in table
+        if name not in table and name not in OWN_NAMES
     ]
+
+    def read(row: Hyperparameter, text: str) -> float | None:
+        value = parse_number(text, row.kind)
+        if value is not None and row.minimum <= value <= row.maximum:
+            return value
+        findings.append(f"Hyperparameter {row.name} is {_shown(text)}; it must be {_allowed(row)}.")
+        return None
+
     effective: dict[str, str] = {}
     values: dict[str, float] = {}
     for row in table.values():
@@ -132,22 +146,22 @@ def make_plan(
                 )
                 continue
             text = canonical(row.default, row.kind)
-        value = parse_number(text, row.kind)
-        if value is None or not row.minimum <= value <= row.maximum:
-            findings.append(
-                f"Hyperparameter {row.name} is {_shown(text)}; it must be {_allowed(row)}."
-            )
-            continue
-        effective[row.name] = text
-        values[row.name] = value
+        value = read(row, text)
+        if value is not None:
+            effective[row.name] = text
+            values[row.name] = value
+    own = {row.name: row for row in OWN_HYPER_PARAMETERS}
+    choice, wrong = choose(base, hyper_parameters, parent, lambda name, text: read(own[name], text))
+    findings += wrong
     if findings:
         raise ValidationException(" ".join(findings))
-    return _plan(base, method, values, effective, has_validation)
+    effective |= {name: hyper_parameters[name] for name in OWN_NAMES if name in hyper_parameters}
+    return _plan(base, choice, values, effective, has_validation)
 
 
 def _plan(
     base: BaseModel,
-    method: str,
+    choice: Choice,
     values: Mapping[str, float],
     effective: Mapping[str, str],
     has_validation: bool,
@@ -165,14 +179,14 @@ def _plan(
         )
     return TrainPlan(
         base_model=base.full_name,
-        method=method,
+        method=choice.method,
         num_epochs=int(values["epochCount"]),
         batch_size=int(values.get("batchSize", base.batch_size)),
-        learning_rate=rate * base.learning_rate_factor[method],
+        learning_rate=rate * base.learning_rate_factor[choice.method],
         warmup_steps=int(values.get("learningRateWarmupSteps", DEFAULT_WARMUP_STEPS)),
-        lora_rank=base.lora.rank,
-        lora_alpha=base.lora.alpha,
-        lora_targets=base.lora.targets,
+        lora_rank=choice.lora.rank,
+        lora_alpha=choice.lora.alpha,
+        lora_targets=choice.lora.targets,
         early_stopping=early_stopping,
         evaluation_percentage=percentage,
         hyper_parameters=dict(effective),

@@ -12,7 +12,7 @@ import pytest
 from outcrop.data.formats import CLAUDE_MESSAGES, CONVERSATION, PROMPT_COMPLETION
 from outcrop.errors import ModelError
 from outcrop.ids import custom_model_arn, customization_job_arn, foundation_model_arn
-from outcrop.models.catalog import BaseModel, load_catalog, shipped_models
+from outcrop.models.catalog import DOCUMENTS, BaseModel, load_catalog, shipped_models
 from outcrop.models.operator import KNOWN_ARCHITECTURES, catalog_folder
 from outcrop.models.weights import SHIPPED_KEY
 from outcrop.settings import Settings
@@ -122,7 +122,7 @@ def test_an_entry_is_complete_and_says_what_really_serves_it(base: BaseModel) ->
     assert 0 < base.max_output_tokens <= base.context_tokens == 8192
     assert base.body_family in ("titan", "cohere", "llama", "claude", "mistral", "nova")
     assert set(base.data_formats) <= {PROMPT_COMPLETION, CONVERSATION, CLAUDE_MESSAGES}
-    assert set(base.customizations) <= {"FINE_TUNING"}
+    assert set(base.customizations) <= {"FINE_TUNING", "CONTINUED_PRE_TRAINING"}
     assert [limit.max_batch_size for limit in base.token_limits] == sorted(
         limit.max_batch_size for limit in base.token_limits
     )
@@ -145,6 +145,18 @@ def test_what_can_be_fine_tuned_has_all_that_this_takes(base: BaseModel) -> None
         assert row.default is None or row.minimum <= row.default <= row.maximum
         assert row.unit
         assert row.source
+
+
+def test_the_families_that_bedrock_names_can_be_pre_trained_further() -> None:
+    able = {base.family for base in MODELS if "CONTINUED_PRE_TRAINING" in base.customizations}
+    assert able == {"titan-text", "smollm2"}
+    for base in MODELS:
+        if base.family not in able:
+            continue
+        assert base.formats("CONTINUED_PRE_TRAINING") == (DOCUMENTS,)
+        assert base.formats("FINE_TUNING") == base.data_formats
+        assert base.record_quota("CONTINUED_PRE_TRAINING").max_total == 100_000
+        assert base.record_quota("FINE_TUNING") == base.records
 
 
 @every_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,8 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outcrop.errors import ValidationException
-from outcrop.models.catalog import BaseModel, Hyperparameter, shipped_models
-from outcrop.train.plan import EarlyStopping, TrainPlan, canonical, make_plan, parse_number
+from outcrop.models.catalog import (
+    ALL_LINEARS,
+    BaseModel,
+    Hyperparameter,
+    LoraConfig,
+    shipped_models,
+)
+from outcrop.train.plan import (
+    EarlyStopping,
+    Parent,
+    TrainPlan,
+    canonical,
+    make_plan,
+    parse_number,
+)
 
 TITAN = "amazon.titan-text-express-v1"
 COHERE = "cohere.command-light-text-v14"
@@ -185,8 +199,108 @@ def test_learning_rate_multiplier_scales_the_familys_own_rate() -> None:
 
 
 def test_full_fine_tuning_takes_the_rate_as_it_is() -> None:
-    made = make_plan(base(TITAN), "FINE_TUNING", {}, has_validation=False, method="full")
+    made = plan(TITAN, method="full")
     assert (made.method, made.learning_rate) == ("full", 1e-5)
+
+
+def test_our_own_parameters_come_back_only_where_they_were_sent() -> None:
+    assert not {"method", "adapterRank", "adapterAlpha", "adapterTargets"} & set(
+        plan(TITAN).hyper_parameters
+    )
+    sent = {"adapterTargets": "v_proj, q_proj", "adapterRank": "8"}
+    made = make_plan(base(TITAN), "FINE_TUNING", sent, has_validation=False)
+    assert made.hyper_parameters == {**plan(TITAN).hyper_parameters, **sent}
+    assert (made.lora_rank, made.lora_targets) == (8, ("q_proj", "v_proj"))
+
+
+def test_the_catalogues_adapter_is_taken_where_none_is_asked_for() -> None:
+    made = plan(TITAN)
+    assert made.method == "adapter"
+    assert (made.lora_rank, made.lora_alpha, made.lora_targets) == (16, 32.0, ALL_LINEARS)
+
+
+def test_a_rank_alone_keeps_the_scaling_that_the_learning_rate_was_chosen_for() -> None:
+    made = plan(TITAN, adapterRank="64")
+    assert made.lora_alpha / made.lora_rank == plan(TITAN).lora_alpha / plan(TITAN).lora_rank
+    assert plan(TITAN, adapterRank="64", adapterAlpha="16").lora_alpha == 16.0
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ({"method": "lora"}, "method is 'lora'; it must be adapter or full"),
+        ({"method": ""}, "method is ''"),
+        ({"adapterRank": "0"}, "adapterRank is '0'; it must be a whole number from 1 to 256"),
+        ({"adapterRank": "257"}, "adapterRank is '257'"),
+        ({"adapterRank": "8.0"}, "adapterRank is '8.0'"),
+        ({"adapterAlpha": "0"}, "adapterAlpha is '0'; it must be a number from 0.1 to 1024.0"),
+        ({"adapterAlpha": "nan"}, "adapterAlpha is 'nan'"),
+        ({"adapterTargets": ""}, "adapterTargets is ''; it must name layers, each once"),
+        ({"adapterTargets": "q_proj,"}, "adapterTargets is 'q_proj,'"),
+        ({"adapterTargets": "q_proj,q_proj"}, "adapterTargets is 'q_proj,q_proj'"),
+        ({"adapterTargets": "lm_head"}, "out of q_proj, k_proj, v_proj"),
+        ({"adapterTargets": "x" * 500}, "xxx...'; it must name layers"),
+        (
+            {"method": "full", "adapterRank": "8", "adapterTargets": "q_proj"},
+            "method is full, so there is no adapter: leave out adapterRank, adapterTargets",
+        ),
+    ],
+)
+def test_our_own_parameters_are_checked(sent: dict[str, str], says: str) -> None:
+    assert says in refusal(TITAN, **sent)
+
+
+def test_findings_about_our_own_parameters_are_in_the_same_message() -> None:
+    message = refusal(TITAN, epochCount="0", method="x", adapterRank="0", colour="red")
+    assert all(name in message for name in ("epochCount", "method", "adapterRank", "colour"))
+
+
+OLD = LoraConfig(8, 4.0, ("q_proj", "v_proj"))
+
+
+def chained(parent: LoraConfig | None, **sent: str) -> TrainPlan:
+    return make_plan(
+        base(TITAN), "FINE_TUNING", sent, has_validation=False, parent=Parent("mine", parent)
+    )
+
+
+def test_a_chained_job_goes_on_with_its_parents_adapter() -> None:
+    made = chained(OLD)
+    assert made.method == "adapter"
+    assert LoraConfig(made.lora_rank, made.lora_alpha, made.lora_targets) == OLD
+    assert chained(None).lora_rank == plan(TITAN).lora_rank
+
+
+def test_a_chained_job_may_have_a_larger_adapter() -> None:
+    made = chained(OLD, adapterRank="32", adapterTargets="q_proj,o_proj,v_proj")
+    assert (made.lora_rank, made.lora_alpha) == (32, 16.0)
+    assert made.lora_targets == ("q_proj", "v_proj", "o_proj")
+    assert chained(OLD, adapterAlpha="64").lora_alpha == 64.0
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ({"adapterRank": "4"}, "adapterRank is 4; the custom model mine, which the job starts "),
+        ({"adapterTargets": "q_proj"}, "adapterTargets lacks v_proj; the custom model mine"),
+    ],
+)
+def test_a_chained_job_cannot_have_a_smaller_adapter(sent: dict[str, str], says: str) -> None:
+    with pytest.raises(ValidationException, match=re.escape(says)):
+        chained(OLD, **sent)
+    assert chained(None, **sent).method == "adapter", "over whole weights any shape will do"
+
+
+def test_a_chained_job_may_train_all_weights_whatever_its_parent_has() -> None:
+    assert chained(OLD, method="full").method == "full"
+    assert chained(None, method="full").method == "full"
+
+
+def test_continued_pre_training_has_the_familys_table() -> None:
+    made = make_plan(base(TITAN), "CONTINUED_PRE_TRAINING", {}, has_validation=False)
+    assert made == plan(TITAN)
+    with pytest.raises(ValidationException, match="does not support CONTINUED_PRE_TRAINING"):
+        make_plan(base(COHERE), "CONTINUED_PRE_TRAINING", {}, has_validation=False)
 
 
 def test_customization_that_the_model_does_not_offer_is_refused() -> None:
