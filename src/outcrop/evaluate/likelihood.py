@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from outcrop.data.pack import IGNORE_INDEX, MicroBatch, pack
+from outcrop.data.pack import IGNORE_INDEX, MAX_MICRO_BATCH_TOKENS, MicroBatch, pack
 from outcrop.errors import EmptyLossError, StopRequested
 from outcrop.evaluate.attention import packed_attention
 
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from outcrop.data.records import Example
 
-MAX_MICRO_BATCH_TOKENS = 1024
-"""Tokens of one forward pass. A longer record is a micro-batch of its own. On 135 million
-parameters, 2048 is no faster and takes 1.2 GB more."""
 HEAD_CHUNK_TOKENS = 512
 """Tokens whose scores over the vocabulary exist at once: 100 MB in float32 at 49,152 words."""
 
@@ -63,17 +60,19 @@ def evaluate_likelihood(
     examples: Sequence[Example],
     *,
     should_stop: Callable[[], bool] = lambda: False,
+    micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
 ) -> Likelihood:
     """Return the model's loss on the examples; the model is not changed.
 
     Args:
         examples: rendered records; loss is taken where their mask says so.
         should_stop: asked before each micro-batch.
+        micro_batch_tokens: tokens of one forward pass; bounds memory.
     Raises:
         EmptyLossError: no token carries loss.
         StopRequested: `should_stop` answered True.
     """
-    return _mean(model, pack(examples, MAX_MICRO_BATCH_TOKENS), should_stop)
+    return _mean(model, pack(examples, micro_batch_tokens), should_stop)
 
 
 def _mean(

@@ -29,12 +29,14 @@ from torch import Tensor
 
 from outcrop.data.records import Example
 from outcrop.store.files import sync
+from outcrop.train.memory import Portions
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.stopping import BEST, file_digest, same_file
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the files; another one is not read."""
 LARGEST_SHARE = 0.01
 """Of the run's time that writing them may take: the pause grows with what the last one took."""
@@ -62,6 +64,16 @@ class RunState:
     """The best validation loss that counts for early stopping; None before the first."""
     stale: int = 0
     """Evaluations in a row that did not improve it enough."""
+    lowest_loss: float | None = None
+    """The lowest validation loss of all, where early stopping is on."""
+    published_step: int | None = None
+    """After how many steps it was taken; that state is published."""
+    best_digest: str | None = None
+    """SHA-256 of the file that holds that state."""
+    portions: Portions = field(default_factory=Portions)
+    """Into how small parts a step is cut by now."""
+    cuts: int = 0
+    """How many of an earlier attempt's deaths for memory `portions` accounts for."""
     step_rows: list[StepRow] = field(default_factory=list)
     validation_rows: list[ValidationRow] = field(default_factory=list)
 
@@ -109,6 +121,7 @@ class Keeper:
         *,
         least_seconds: float,
         replaces: Sequence[Path] = (),
+        best: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is written yet.
@@ -117,9 +130,10 @@ class Keeper:
             saved_step: up to here the run can be gone on from already.
             least_seconds: between two checkpoints.
             replaces: folders of earlier tries, removed when this one has a checkpoint of its own.
+            best: where the best state is, once there is one: each checkpoint holds it too.
         """
         self._folder, self._identity, self._clock = folder, identity, clock
-        self._replaces = replaces
+        self._replaces, self._best = replaces, best
         self._pause = self._least = least_seconds
         self._saved_at = clock()
         self.saved_step = saved_step
@@ -132,7 +146,7 @@ class Keeper:
         """Write a checkpoint. A disk that is full costs the checkpoint, not the run."""
         started = self._clock()
         try:
-            save_checkpoint(self._folder, self._identity, state, tensors)
+            save_checkpoint(self._folder, self._identity, state, tensors, self._best)
         except (OSError, SafetensorError) as error:
             logger.warning("the checkpoint of step %d was not written: %s", state.steps, error)
         else:
@@ -145,10 +159,16 @@ class Keeper:
 
 
 def save_checkpoint(
-    folder: Path, identity: Identity, state: RunState, tensors: Mapping[str, Tensor]
+    folder: Path,
+    identity: Identity,
+    state: RunState,
+    tensors: Mapping[str, Tensor],
+    best: Path | None = None,
 ) -> Path:
     """Write one checkpoint and remove all but the newest ones of the folder.
 
+    Args:
+        best: the file of the best state; it is part of the checkpoint where `state` names one.
     Raises:
         OSError, SafetensorError: it could not be written; what was there before stays.
     """
@@ -159,9 +179,12 @@ def save_checkpoint(
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS
         )
+        if best is not None and state.best_digest is not None:
+            same_file(best, unfinished / BEST)
         page = {
+            "version": VERSION,
             "identity": asdict(identity),
-            "sha256": _sha256(unfinished / TENSORS),
+            "sha256": file_digest(unfinished / TENSORS),
             "state": asdict(state),
         }
         (unfinished / PAGE).write_text(json.dumps(page), encoding="utf-8")
@@ -186,6 +209,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     has_same_data: bool
     """Whether it was made from the same records; where not, it cannot be gone on from."""
+    best: Path | None = None
+    """The file of the best state, where early stopping has one."""
 
 
 def newest_checkpoint(folders: Sequence[Path], identity: Identity) -> Checkpoint | None:
@@ -198,15 +223,23 @@ def newest_checkpoint(folders: Sequence[Path], identity: Identity) -> Checkpoint
     for _, place in found:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SafetensorError):
             page = json.loads((place / PAGE).read_text(encoding="utf-8"))
+            if page.get("version") != VERSION:
+                logger.info("%s is of another version and not gone on from", place)
+                continue
             if page["identity"]["run"] != identity.run:
                 logger.info("%s is of another run and not gone on from", place)
                 continue
-            if page["sha256"] != _sha256(place / TENSORS):
+            if page["sha256"] != file_digest(place / TENSORS):
                 raise ValueError("the digest is another one")
+            state = _read_state(page["state"])
+            best = place / BEST if state.best_digest is not None else None
+            if best is not None and state.best_digest != file_digest(best):
+                raise ValueError("the digest of the best state is another one")
             return Checkpoint(
-                _read_state(page["state"]),
+                state,
                 load_file(place / TENSORS),
                 page["identity"]["data"] == identity.data,
+                best,
             )
         logger.warning("%s is damaged and not gone on from", place)
     return None
@@ -215,7 +248,10 @@ def newest_checkpoint(folders: Sequence[Path], identity: Identity) -> Checkpoint
 def _read_state(fields: dict[str, Any]) -> RunState:
     step_rows = [StepRow(**row) for row in fields.pop("step_rows")]
     validation_rows = [ValidationRow(**row) for row in fields.pop("validation_rows")]
-    return RunState(**fields, step_rows=step_rows, validation_rows=validation_rows)
+    portions = Portions(**fields.pop("portions"))
+    return RunState(
+        **fields, portions=portions, step_rows=step_rows, validation_rows=validation_rows
+    )
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -229,8 +265,3 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
                     yield int(name[1]), path
 
     return sorted(found(), reverse=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,19 +1,30 @@
-"""What a run takes of the memory, and how a long record takes less: activations are computed again.
+"""What a run takes of the memory: foretold, bounded, and made less where it does not suffice.
 
-Each layer then keeps only its input until the backward pass. It costs about a third more time, so
-micro-batches of usual length do without. The numbers do not change.
+A training process runs under a bound of its own, so that it meets an error that it can catch
+before the kernel ends it. It then cuts its steps into smaller portions: first fewer records at a
+time, then activations that are computed again for the backward pass instead of being kept. Neither
+changes what is computed, only in which order sums are rounded.
+
+Importing this module loads no torch: the queue asks it before a job begins.
 """
 
 from __future__ import annotations
 
+import gc
+import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.checkpoint import checkpoint
+from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
+from outcrop.errors import ModelError
+from outcrop.models.catalog import LoraConfig
+from outcrop.models.files import read_json
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -21,11 +32,161 @@ if TYPE_CHECKING:
 KEPT_TOKENS = 2048
 """Up to so many tokens of a micro-batch keep their activations: about 3 GB in bfloat16 on 135
 million parameters in 30 layers. Micro-batches are smaller unless one record is longer."""
+LEAST_TOKENS = 128
+"""A smaller micro-batch is not chosen on purpose, only when memory has run out: below it a step
+takes twice the time and more."""
+RECOMPUTED_SHARE = 0.25
+"""What a token costs whose activations are computed again, next to one that keeps them: only to
+find out which micro-batch is the most expensive one."""
+MEMORY_TOLERANCE = 0.15
+"""`predict_memory` is this near to what is measured; benchmarks/training_memory.py measures it."""
+PROCESS_BYTES = 430 << 20
+"""Python, torch and transformers before anything is loaded."""
+
+_FULL = re.compile(
+    # torch's allocator on the CPU; the C++ library; oneDNN, whose scratch memory was refused.
+    r"can't allocate memory|not enough memory|bad_alloc|Cannot allocate memory"
+    r"|out of memory|could not create a memory object",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Portions:
+    """Into how small parts a step is cut: decides memory and speed, and but for rounding nothing
+    else."""
+
+    tokens: int = MAX_MICRO_BATCH_TOKENS
+    """Of one micro-batch at most; a longer record is one of its own."""
+    kept_tokens: int = KEPT_TOKENS
+    """A micro-batch of more tokens computes its activations twice."""
+
+    def smaller(self, micro_batches: Sequence[Sequence[int]]) -> Portions | None:
+        """Return portions of which the most expensive micro-batch is cut; None: nothing is left to
+        be cut.
+
+        Args:
+            micro_batches: the lengths of the records in each, as these portions make them.
+        """
+        costs = []
+        for lengths in micro_batches:
+            num_tokens = sum(lengths)
+            is_kept = num_tokens > 0 and num_tokens <= self.kept_tokens
+            if is_kept or len(lengths) > 1:
+                costs.append((num_tokens * (1 if is_kept else RECOMPUTED_SHARE), lengths))
+        if not costs:
+            return None
+        lengths = max(costs)[1]
+        if len(lengths) > 1:
+            return Portions(max(1, sum(lengths) // 2), self.kept_tokens)
+        return Portions(self.tokens, lengths[0] - 1)
+
+    def described(self) -> dict[str, int]:
+        """Return it as JSON carries it."""
+        return asdict(self)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory was refused: torch's on a CPU or a GPU, or Python's.
+
+    torch raises a plain RuntimeError on the CPU, so its text is looked at.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
+
+
+def give_memory_back() -> None:
+    """Let go of what nothing refers to any more, also in torch's store of GPU memory."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def bounded_memory(num_bytes: int, threads: int = 0) -> Iterator[None]:
+    """Let this process take so many bytes more than it has; what is beyond is refused it.
+
+    Linux counts what may be written to (RLIMIT_DATA), whether it is resident or not. macOS knows
+    the limit and does not enforce it for the memory that programs take today, so there is no bound
+    there: what was foretold decides alone. The memory of a GPU is not bounded by this.
+
+    Args:
+        threads: that torch will compute with. They are started before, because a thread that cannot
+            be started ends the process.
+    Source: getrlimit(2), RLIMIT_DATA: since Linux 4.7 it also holds for private writable mmap.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    torch.ones(1 << 20).sum()  # large enough to be shared out among the threads
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = held_bytes() + num_bytes
+    if before[1] != resource.RLIM_INFINITY:
+        bound = min(bound, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def held_bytes() -> int:
+    """Return how much this process may write to now, which is what the bound is held against.
+
+    0 where the system does not say.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    return int(status.read_text(encoding="ascii").split("VmData:")[1].split()[0]) * 1024
+
+
+def bound_bytes() -> int | None:
+    """Return the bound that this process is under; None for none."""
+    bound = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return None if bound == resource.RLIM_INFINITY else bound
+
+
+def peak_memory_bytes() -> int:
+    """Return the most that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+
+
+@cache
+def computing_bytes() -> int:
+    """Return the size of a number that this machine computes with: 2 (bfloat16) or 4 (float32).
+
+    As `models.load.compute_dtype` decides, but without torch, from what Linux tells of the
+    processor. Where it does not tell, 4 is taken, so that too much is foretold and not too little.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return 4
+    flags: set[str] = set()
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(("flags", "Features")):
+            flags = set(line.partition(":")[2].split())
+            break
+    return 2 if flags & {"avx512_bf16", "amx_tile", "bf16"} else 4
+
+
+def gibibytes(num_bytes: int) -> str:
+    """Return a size for a message, as in "2.8 GiB"."""
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 @contextmanager
 def recomputed_layers(model: LlamaForCausalLM) -> Iterator[None]:
     """Let the layers of a forward pass inside this `with` compute their activations again later."""
+    from torch.utils.checkpoint import checkpoint
+
     layers: Any = model.model.layers
     for layer in layers:
         # Nothing is drawn at random in a layer, so there is no generator to set back.
@@ -39,7 +200,139 @@ def recomputed_layers(model: LlamaForCausalLM) -> Iterator[None]:
             del layer.forward
 
 
-def peak_memory_bytes() -> int:
-    """Return the most that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model that memory depends on."""
+
+    vocabulary: int
+    width: int
+    """Of what layers hand on to each other."""
+    inner_width: int
+    """Inside a layer's feed-forward part."""
+    layers: int
+    query_width: int
+    """Of all heads together."""
+    key_width: int
+    """Of all heads of keys together; values have the same."""
+    is_tied: bool
+    """Whether one matrix is both the first and the last."""
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelShape:
+        """Read it from the config.json of a folder of weights.
+
+        Raises:
+            ModelError: the file is missing or damaged, or lacks a number.
+        """
+        return cls.of(read_json(folder / "config.json"), str(folder))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str = "the model") -> ModelShape:
+        """Read it from a configuration as transformers writes it.
+
+        Raises:
+            ModelError: a number is missing.
+        """
+        try:
+            width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            head_width = int(config.get("head_dim") or width // heads)
+            return cls(
+                vocabulary=int(config["vocab_size"]),
+                width=width,
+                # Llama's kin name it; GPT-NeoX's too; where it is not named it is four times.
+                inner_width=int(config.get("intermediate_size") or 4 * width),
+                layers=int(config["num_hidden_layers"]),
+                query_width=heads * head_width,
+                key_width=int(config.get("num_key_value_heads") or heads) * head_width,
+                is_tied=bool(config.get("tie_word_embeddings", True)),
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ModelError(
+                f"The config.json of {where} does not tell the model's shape: {error!r}"
+            ) from error
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return inputs and outputs of each linear matrix of a layer."""
+        width, inner = self.width, self.inner_width
+        return {
+            "q_proj": (width, self.query_width),
+            "k_proj": (width, self.key_width),
+            "v_proj": (width, self.key_width),
+            "o_proj": (self.query_width, width),
+            "gate_proj": (width, inner),
+            "up_proj": (width, inner),
+            "down_proj": (inner, width),
+        }
+
+    @property
+    def parameters(self) -> int:
+        """All of them, but for norms and biases."""
+        a_layer = sum(inputs * outputs for inputs, outputs in self.linears().values())
+        return self.layers * a_layer + (1 if self.is_tied else 2) * self.vocabulary * self.width
+
+    def adapter_parameters(self, adapter: LoraConfig) -> int:
+        """Those of an adapter."""
+        linears = self.linears()
+        # Names of other families' layers are taken for the largest of these.
+        sums = [sum(linears.get(name, (self.width, self.inner_width))) for name in adapter.targets]
+        return self.layers * adapter.rank * sum(sums)
+
+
+SHIPPED_SHAPE = ModelShape(
+    vocabulary=49152,
+    width=576,
+    inner_width=1536,
+    layers=30,
+    query_width=576,
+    key_width=192,
+    is_tied=True,
+)
+"""The shipped model's, for the time before its weights are converted; a test compares it with them.
+"""
+
+
+def predict_memory(
+    shape: ModelShape,
+    method: str,
+    tokens: int,
+    loss_tokens: int,
+    *,
+    adapter: LoraConfig = LoraConfig(),  # noqa: B008 - frozen
+    number_bytes: int | None = None,
+    is_recomputed: bool = False,
+    record_tokens: int | None = None,
+) -> int:
+    """Return how many bytes a training process has resident at most, within MEMORY_TOLERANCE.
+
+    Args:
+        shape: the model's.
+        method: "adapter" or "full".
+        tokens: of the largest micro-batch.
+        loss_tokens: how many of them carry loss, at most.
+        adapter: what an adapter run trains.
+        number_bytes: of a frozen weight and of an activation; None takes this machine's.
+        is_recomputed: whether the micro-batch computes its activations twice.
+        record_tokens: of its longest record; None means that it has one only.
+    """
+    size = number_bytes or computing_bytes()
+    record = min(record_tokens or tokens, tokens)
+    weights = shape.parameters * size
+    if method == "adapter":
+        trained = shape.adapter_parameters(adapter) * 16
+    else:
+        # Master, gradient and both moments in float32; below that also the model's own gradient.
+        trained = shape.parameters * (12 if size == 4 else 16 + size)
+    one_layer = (
+        tokens
+        * size
+        * (8 * shape.width + 4 * shape.inner_width + 3 * shape.query_width + 4 * shape.key_width)
+    )
+    if is_recomputed:
+        kept = one_layer + shape.layers * tokens * size * shape.width
+    else:
+        kept = shape.layers * one_layer
+    if record <= 256 and not is_recomputed:
+        heads = shape.query_width // 64
+        kept += shape.layers * heads * tokens * record * size
+    head = min(loss_tokens, 512) * shape.vocabulary * (size + 8)
+    return PROCESS_BYTES + weights + trained + kept + head

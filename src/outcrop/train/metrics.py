@@ -40,6 +40,10 @@ class StepRow:
     """The length of the gradient before it was cut to its greatest length."""
     peak_memory_bytes: int
     """The most that the training process had resident so far."""
+    micro_batch_tokens: int
+    """Tokens of one forward and backward pass at most; smaller once memory has run out."""
+    kept_tokens: int
+    """A micro-batch of more tokens computed its activations twice."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def step_jsonl(rows: Sequence[StepRow], total_steps: int) -> bytes:
             "tokensPerSecond": tokens_per_second,
             "etaSeconds": eta_seconds,
             "peakMemoryBytes": row.peak_memory_bytes,
+            "microBatchTokens": row.micro_batch_tokens,
+            "keptTokens": row.kept_tokens,
         }
         lines.append(json.dumps(described) + "\n")
     return "".join(lines).encode("ascii")

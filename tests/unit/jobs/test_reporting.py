@@ -30,6 +30,8 @@ def step(number: int = 0) -> StepRow:
         learning_rate=1e-3,
         gradient_norm=0.75,
         peak_memory_bytes=1 << 30,
+        micro_batch_tokens=1024,
+        kept_tokens=2048,
     )
 
 

@@ -28,6 +28,7 @@ from outcrop.train.checkpoint import (
     save_checkpoint,
 )
 from outcrop.train.loop import train
+from outcrop.train.memory import Portions
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
 
@@ -259,7 +260,10 @@ def test_numbers_come_back_as_they_were(tmp_path: Path) -> None:
         epoch_labels=31,
         best_loss=1e-300,
         stale=2,
-        step_rows=[StepRow(0, 0, 1 / 3, float("inf"), 12, 0.25, 1e-3, 0.1, 1 << 30)],
+        lowest_loss=1e-301,
+        portions=Portions(512, 0),
+        cuts=1,
+        step_rows=[StepRow(0, 0, 1 / 3, float("inf"), 12, 0.25, 1e-3, 0.1, 1 << 30, 512, 0)],
         validation_rows=[ValidationRow(0, 0, 2.5, 12.182493960703473)],
     )
     tensors = {"0.value": torch.randn(3, 5).t(), "0.exp_avg": torch.tensor([1e-45, -0.0])}

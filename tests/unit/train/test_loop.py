@@ -17,7 +17,8 @@ from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
 from outcrop.evaluate.likelihood import evaluate_likelihood
 from outcrop.models.load import load_base
 from outcrop.models.lora import load_adapter, set_adapter
-from outcrop.train.loop import ARTIFACT, describe_batch, folder_digest, shuffled, train
+from outcrop.train.batches import describe_batch, shuffled
+from outcrop.train.loop import ARTIFACT, folder_digest, train
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
 

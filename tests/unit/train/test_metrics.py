@@ -19,7 +19,7 @@ from outcrop.train.metrics import (
 
 
 def step(number: int, loss: float, perplexity: float, seconds: float = 0.5) -> StepRow:
-    return StepRow(number, 0, loss, perplexity, 100, seconds, 1e-3, 0.75, 2**30)
+    return StepRow(number, 0, loss, perplexity, 100, seconds, 1e-3, 0.75, 2**30, 512, 2048)
 
 
 def test_training_metrics_have_bedrocks_columns_in_order() -> None:
@@ -63,6 +63,8 @@ def test_details_tell_what_the_csv_has_no_column_for() -> None:
         "tokensPerSecond": 100.0,
         "etaSeconds": 9.0,
         "peakMemoryBytes": 2**30,
+        "microBatchTokens": 512,
+        "keptTokens": 2048,
     }
 
 
