@@ -1,8 +1,8 @@
-"""Turn the JSON object of one line into a record of messages, by the format it is written in.
+"""Turn the JSON object of one line into a record of messages, or a document of raw text.
 
-Formats are named as in the catalogue: `prompt-completion`, `conversation` (Converse) and
-`claude-messages`. All are text only. A line in a format that the model does not take is refused
-under its own name. Each rule is a function and has one code.
+Formats are named as in the catalogue: `prompt-completion`, `conversation` (Converse),
+`claude-messages`, and `continued-pre-training` for documents. All are text only. A line in a format
+that the job does not take is refused under its own name. Each rule is a function and has one code.
 
 Source: Bedrock user guide, "Prepare data for fine-tuning"; its error texts come first in messages.
 """
@@ -15,8 +15,9 @@ from typing import Any
 
 from outcrop.data.markup import parse_prompt
 from outcrop.data.read import kind_of
-from outcrop.data.records import Message, Record
+from outcrop.data.records import Document, Message, Record
 from outcrop.errors import DataError
+from outcrop.models.catalog import CONTINUED_PRE_TRAINING, DOCUMENTS, FINE_TUNING
 
 PROMPT_COMPLETION = "prompt-completion"
 CONVERSATION = "conversation"
@@ -34,12 +35,13 @@ _FORMS = {
         '{"system": "...", "messages": [{"role": "user", "content": "..."}, '
         '{"role": "assistant", "content": "..."}]}'
     ),
+    DOCUMENTS: '{"input": "<raw text>"}',
 }
 _NAMES = {
     PROMPT_COMPLETION: "a prompt/completion record",
     CONVERSATION: "a Converse conversation",
     CLAUDE_MESSAGES: "a Claude conversation",
-    "continued-pre-training": "continued pre-training data",
+    DOCUMENTS: "continued pre-training data",
     "image-caption": "image-caption data",
     "open-ai-chat": "reinforcement fine-tuning data in OpenAI's chat form",
 }
@@ -76,7 +78,7 @@ def parse_record(
     *,
     body_family: str = "",
 ) -> Record:
-    """Understand one line.
+    """Understand one line of labelled data.
 
     Args:
         formats: those the model takes, the preferred first; at least one.
@@ -88,8 +90,13 @@ def parse_record(
     if found is None:
         raise _wrong_keys(value, _Place(file, line, formats[0]))
     if found not in formats:
+        hint = (
+            f" Raw text is for jobs of customizationType {CONTINUED_PRE_TRAINING}."
+            if found == DOCUMENTS
+            else ""
+        )
         raise _Place(file, line, formats[0]).refuse(
-            "mixed_schema", f"This looks like {_NAMES[found]}."
+            "mixed_schema", f"This looks like {_NAMES[found]}.{hint}"
         )
     place = _Place(file, line, found)
     if found == PROMPT_COMPLETION:
@@ -99,6 +106,26 @@ def parse_record(
     else:
         messages = _claude(value, place)
     return Record(messages, file, line)
+
+
+def parse_document(value: Mapping[str, Any], file: str, line: int) -> Document:
+    """Understand one line of raw text.
+
+    Raises:
+        DataError: the line is in another format or breaks a rule of its own.
+    """
+    place = _Place(file, line, DOCUMENTS)
+    found = _recognize(value)
+    if found is None:
+        raise _wrong_keys(value, place)
+    if found != DOCUMENTS:
+        raise place.refuse(
+            "mixed_schema",
+            f"This looks like {_NAMES[found]}. Labelled records are for jobs of customizationType "
+            f"{FINE_TUNING}.",
+        )
+    _refuse_extra_keys(value, {"input"}, place)
+    return Document(_text(value["input"], "input", place, empty_code="empty_input"), file, line)
 
 
 def _recognize(value: Mapping[str, Any]) -> str | None:
@@ -111,7 +138,7 @@ def _recognize(value: Mapping[str, Any]) -> str | None:
     if "schemaVersion" in keys:
         return CONVERSATION
     if "input" in keys:
-        return "continued-pre-training"
+        return DOCUMENTS
     if "image-ref" in keys:
         return "image-caption"
     return None

@@ -12,31 +12,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outcrop.errors import DataError
-from outcrop.models.catalog import BaseModel
+from outcrop.models.catalog import FINE_TUNING, BaseModel
 
 TRAINING, VALIDATION = "training", "validation"
 
 
-def record_quota(base: BaseModel, role: str, setting: int) -> int | None:
+def record_quota(
+    base: BaseModel, role: str, setting: int, customization_type: str = FINE_TUNING
+) -> int | None:
     """Return how many records a file may hold; None means as many as there are.
 
     Args:
         role: "training" or "validation".
         setting: the operator's number; 0 keeps the family's.
+        customization_type: the job's.
     """
     if setting:
         return setting
-    quota = base.records.max_training if role == TRAINING else base.records.max_validation
-    return quota if quota is not None else base.records.max_total
+    records = base.record_quota(customization_type)
+    quota = records.max_training if role == TRAINING else records.max_validation
+    return quota if quota is not None else records.max_total
 
 
-def check_record_count(base: BaseModel, role: str, count: int, setting: int, file: str) -> None:
+def check_record_count(
+    base: BaseModel,
+    role: str,
+    count: int,
+    setting: int,
+    file: str,
+    customization_type: str = FINE_TUNING,
+) -> None:
     """Refuse one record too many.
 
     Raises:
         DataError: `count` is above the quota.
     """
-    quota = record_quota(base, role, setting)
+    quota = record_quota(base, role, setting, customization_type)
     if quota is not None and count > quota:
         whose = "This server takes" if setting else f"{base.model_id} takes"
         raise DataError(
@@ -48,7 +59,12 @@ def check_record_count(base: BaseModel, role: str, count: int, setting: int, fil
         )
 
 
-def check_total_records(base: BaseModel, num_training: int, num_validation: int) -> None:
+def check_total_records(
+    base: BaseModel,
+    num_training: int,
+    num_validation: int,
+    customization_type: str = FINE_TUNING,
+) -> None:
     """Refuse a job whose files are within their quotas but too many together.
 
     For use where the operator has set neither quota.
@@ -56,7 +72,7 @@ def check_total_records(base: BaseModel, num_training: int, num_validation: int)
     Raises:
         DataError: the sum is above the family's.
     """
-    quota = base.records.max_total
+    quota = base.record_quota(customization_type).max_total
     if quota is not None and num_training + num_validation > quota:
         raise DataError(
             f"The job has {num_training:,} training and {num_validation:,} validation records. "
@@ -73,6 +89,16 @@ class TokenCheck:
 
     base: BaseModel
     batch_size: int
+
+    @property
+    def longest_piece(self) -> int:
+        """Tokens of the longest piece that a document is cut into.
+
+        Bedrock counts a document's tokens as those of a record's input and output together.
+        """
+        bedrock = self.base.token_limit(self.batch_size)
+        context = self.base.context_tokens
+        return min(context, (bedrock.total if bedrock else None) or context)
 
     def check(self, num_input: int, num_output: int, file: str, line: int) -> None:
         """Refuse a record that is too long.

@@ -26,9 +26,21 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Document:
+    """One line of raw text, for continued pre-training."""
+
+    text: str
+    file: str
+    """As a record's."""
+    line: int
+    """Counts from 1."""
+
+
+@dataclass(frozen=True)
 class Example:
-    """A record as token ids, ready to be trained on or evaluated."""
+    """A record, or a piece of a document, as token ids, ready to be trained on or evaluated."""
 
     input_ids: list[int]
     loss_mask: list[bool]
-    """True where the token is an answer's or ends one; as long as `input_ids`."""
+    """True where the token is to be learnt: an answer's or the end of one, or a document's; as
+    long as `input_ids`."""

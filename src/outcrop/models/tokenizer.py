@@ -27,6 +27,11 @@ REPLACEMENT = "�"
 LONGEST_UNFINISHED = 3
 """A character is at most 4 bytes, so at most 3 tokens can be waiting for its last byte."""
 
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+"""Tokens that end a text and no turn. Models that were trained to chat name the end of a turn as
+their eos_token; these are what their makers ended documents with before. Source: the tokenizers of
+GPT-2, SmolLM2, Qwen and Phi; those of Llama 3."""
+
 MAX_HELD_TOKENS = 16
 """After so many tokens that end in no whole character, the bytes are garbage and are let go."""
 
@@ -71,6 +76,11 @@ class Tokenizer:
         """The Jinja source that turns messages into text; None where the folder has none."""
         self.adds_bos = bool(self._config.get("add_bos_token")) and self.bos_token_id is not None
         """Whether the model was trained with a beginning token that no template writes."""
+        self.document_start: tuple[int, ...] = self._find_document_start()
+        """What a raw text begins with, by the tokenizer's own convention: its beginning token, or
+        nothing."""
+        self.document_end = self._find_document_end()
+        """The token that ends a raw text; None where the model has none."""
 
     @property
     def vocab_size(self) -> int:
@@ -115,6 +125,21 @@ class Tokenizer:
                     f"The tokenizer in {folder} numbers its added tokens in a way that cannot be "
                     f"kept: {token['id']} is one of them."
                 )
+
+    def _find_document_start(self) -> tuple[int, ...]:
+        named = self._config.get("add_bos_token")
+        if self.bos_token_id is None or named is False:
+            return ()
+        bare = self._scaffold.encode("a", add_special_tokens=False).ids
+        ids = self._scaffold.encode("a", add_special_tokens=True).ids
+        begins = named or (len(ids) > len(bare) and ids[0] == self.bos_token_id)
+        return (self.bos_token_id,) if begins else ()
+
+    def _find_document_end(self) -> int | None:
+        for token in TEXT_ENDS:
+            if token in self.special_tokens:
+                return self.token_id(token)
+        return self.eos_token_id
 
     def _named_id(self, role: str) -> int | None:
         token = self.named_tokens.get(role)

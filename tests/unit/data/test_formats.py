@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-from outcrop.data.formats import CLAUDE_MESSAGES, CONVERSATION, PROMPT_COMPLETION, parse_record
+from outcrop.data.formats import (
+    CLAUDE_MESSAGES,
+    CONVERSATION,
+    PROMPT_COMPLETION,
+    parse_document,
+    parse_record,
+)
 from outcrop.data.read import parse_line
-from outcrop.data.records import Message
+from outcrop.data.records import Document, Message
 from outcrop.errors import DataError
 
 FILE = "s3://bucket/train.jsonl"
@@ -185,6 +191,37 @@ def test_a_converse_record_that_cannot_be_used_is_refused(value: dict[str, Any],
 )
 def test_a_claude_record_that_cannot_be_used_is_refused(value: dict[str, Any], code: str) -> None:
     assert refusal(value, CLAUDE_MESSAGES).code == code
+
+
+def test_a_document_is_its_text_as_it_stands() -> None:
+    assert parse_document({"input": " a\n\n b "}, FILE, 7) == Document(" a\n\n b ", FILE, 7)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "says"),
+    [
+        ({}, "wrong_keys", "Its keys are none"),
+        ({"text": "a"}, "wrong_keys", "Its keys are 'text'"),
+        ({"input": "a", "id": 1}, "extra_keys", "further keys: 'id'"),
+        ({"input": ["a"]}, "wrong_type", "input must be a string, not an array"),
+        ({"input": " \u200b"}, "empty_input", "input is empty"),
+        ({"input": "a\0"}, "null_byte", "NUL"),
+        ({"input": "\ud83d"}, "lone_surrogate", "surrogate"),
+        ({"input": "a", "completion": "b"}, "mixed_schema", "a prompt/completion record"),
+        (converse(*TURNS), "mixed_schema", "a Converse conversation. Labelled records are for"),
+        (claude(*TURNS), "mixed_schema", "a Claude conversation"),
+    ],
+)
+def test_a_document_that_cannot_be_used_is_refused(
+    value: dict[str, Any], code: str, says: str
+) -> None:
+    with pytest.raises(DataError) as raised:
+        parse_document(value, FILE, 7)
+    assert (raised.value.code, raised.value.line) == (code, 7)
+    assert says in str(raised.value)
+    assert str(raised.value).startswith(
+        f'Input data at {FILE} must follow \'{{"input": "<raw text>"}}\' format. Line 7: '
+    )
 
 
 def test_a_message_stays_printable_and_short_whatever_the_record_holds() -> None:

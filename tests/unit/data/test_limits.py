@@ -55,6 +55,21 @@ def test_the_sum_of_both_files_has_a_quota_of_its_own() -> None:
         check_total_records(EXPRESS, 9_000, 1_001)
 
 
+def test_continued_pre_training_has_quotas_of_its_own() -> None:
+    assert record_quota(EXPRESS, "training", 0, "CONTINUED_PRE_TRAINING") == 100_000
+    check_record_count(EXPRESS, "training", 100_000, 0, "f", "CONTINUED_PRE_TRAINING")
+    check_total_records(EXPRESS, 99_000, 1_000, "CONTINUED_PRE_TRAINING")
+    with pytest.raises(DataError, match="at most 100,000 together"):
+        check_total_records(EXPRESS, 99_000, 1_001, "CONTINUED_PRE_TRAINING")
+
+
+def test_a_piece_of_a_document_has_the_lesser_of_the_total_limit_and_the_context() -> None:
+    pieces = [TokenCheck(EXPRESS, size).longest_piece for size in (1, 2, 64)]
+    assert pieces == [4096, 2048, 2048]
+    assert TokenCheck(replace(EXPRESS, context_tokens=512), 1).longest_piece == 512
+    assert TokenCheck(replace(EXPRESS, token_limits=()), 1).longest_piece == 8192
+
+
 @pytest.mark.parametrize(
     ("base", "batch_size", "num_input", "num_output", "says"),
     [
