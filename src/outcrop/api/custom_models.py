@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from sqlalchemy import Connection
+
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import CUSTOM_MODEL, find, model_arn
+from outcrop.ids import foundation_model_arn
 from outcrop.store import models
 from outcrop.store.database import transaction
 
@@ -48,8 +51,10 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             context.region,
             status=params.get("modelStatus"),
             name_contains=params.get("nameContains"),
-            base_model_arn=model_arn(connection, context, params.get("baseModelArnEquals")),
-            foundation_model_arn=params.get("foundationModelArnEquals"),
+            base_model_arn=_known_arn(connection, context, params.get("baseModelArnEquals")),
+            foundation_model_arn=_known_arn(
+                connection, context, params.get("foundationModelArnEquals")
+            ),
             created_after=params.get("creationTimeAfter"),
             created_before=params.get("creationTimeBefore"),
             ascending=params.get("sortOrder") == "Ascending",
@@ -77,13 +82,29 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
-    """Delete a custom model that nothing uses; the base model is not touched."""
+    """Delete a custom model that nothing serves; what it was made from is not touched.
+
+    Models that were made from it have all they need. A job that has not ended yet and starts from
+    it keeps its files, and `outcrop gc` removes them after that job's end.
+    """
     with transaction(context.services.engine) as connection:
         model = find(
             connection, context, CUSTOM_MODEL, params["modelIdentifier"], "DeleteCustomModel"
         )
         models.delete_model(connection, model)
-    # After the commit: if this process dies here, `outcrop gc` finds the files.
+        is_needed = model.artifact_path in models.artifact_paths(connection)
+    # After the commit: if this process dies here, `outcrop gc` finds the files. No job can come
+    # to need them now, because a job is created only from a model that is there.
+    if is_needed:
+        return {}
     folder = context.services.settings.data_dir / model.artifact_path
     shutil.rmtree(folder, ignore_errors=True)
     return {}
+
+
+def _known_arn(connection: Connection, context: RequestContext, arn: str | None) -> str | None:
+    """Return the ARN under which rows know a base model or custom model that a filter names."""
+    base = None if arn is None else context.services.catalog.resolve(arn, region=context.region)
+    if base is not None:
+        return foundation_model_arn(context.region, base.customization_id)
+    return model_arn(connection, context, arn)

@@ -13,10 +13,11 @@ from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
-from outcrop.api.resources import JOB, find
+from outcrop.api.resources import CUSTOM_MODEL, JOB, find
 from outcrop.errors import ConflictException, ValidationException
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, customization_job_arn, foundation_model_arn, new_id
+from outcrop.jobs.parents import describe_parent, plan_parent
 from outcrop.jobs.places import (
     TRAINING,
     VALIDATION,
@@ -29,25 +30,24 @@ from outcrop.jobs.places import (
 )
 from outcrop.jobs.queue import job_needs
 from outcrop.jobs.states import statuses_of, wire_status
-from outcrop.models.catalog import BaseModel
+from outcrop.models.catalog import CONTINUED_PRE_TRAINING, FINE_TUNING, BaseModel
 from outcrop.store import jobs, models, tags
-from outcrop.store.database import transaction
-from outcrop.store.rows import Job, NewJob
+from outcrop.store.database import lock_account, transaction
+from outcrop.store.rows import CustomModel, Job, NewJob
 from outcrop.store.tokens import find_replay, request_token
 from outcrop.train.plan import make_plan
 
 KIND = "customization"
 STAGES = ("validation", "dataProcessing", "training")
-OFFERED_TYPES = ("FINE_TUNING",)
+OFFERED_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
+ACTION = "bedrock:CreateModelCustomizationJob"
 
 
 def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Check what can be known now and queue the job; nothing has run when this returns."""
     services = context.services
     with services.engine.connect() as connection:
-        context.require(
-            connection, "bedrock:CreateModelCustomizationJob", context.arn(JOB.arn_type)
-        )
+        context.require(connection, ACTION, context.arn(JOB.arn_type))
         context.require(connection, "iam:PassRole", params["roleArn"])
         # A repeat is answered as the first request was, also when its data is gone meanwhile.
         token = request_token(context.account, context.region, context.operation, params)
@@ -56,13 +56,15 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             job = jobs.get_job_by_id(connection, replayed)
             assert job is not None, "jobs are never deleted"
             return {"jobArn": job.arn}
-        base = _base_model(connection, context, params["baseModelIdentifier"])
+        base, parent = _starting_point(connection, context, params["baseModelIdentifier"])
         _refuse_what_is_not_offered(base, params)
+        lineage = {} if parent is None else {"parent": describe_parent(parent)}
         plan = make_plan(
             base,
-            params.get("customizationType", OFFERED_TYPES[0]),
+            params.get("customizationType", FINE_TUNING),
             params.get("hyperParameters", {}),
             has_validation=bool(_validators(params)),
+            parent=plan_parent(lineage),
         )
         role = assume_role_for_service(connection, context.account, params["roleArn"])
         training, validation, output = _places(params)
@@ -75,6 +77,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     for uri in validation:
         check_present(objects, uri, VALIDATION)
 
+    root_arn = foundation_model_arn(context.region, base.customization_id)
     job_id = new_id()
     arn = customization_job_arn(context.region, context.account, base.customization_id, job_id)
     spec = {
@@ -83,16 +86,18 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             for name, value in params.items()
             if name not in ("jobTags", "hyperParameters")
         },
-        "customizationType": params.get("customizationType", OFFERED_TYPES[0]),
+        "customizationType": params.get("customizationType", FINE_TUNING),
         "baseModelId": base.model_id,
         # An id can be given to other weights later; what is trained stays bound to these.
-        "weights": base.weights,
-        "baseModelArn": foundation_model_arn(context.region, base.customization_id),
+        "weights": base.weights if parent is None else parent.spec["weights"],
+        "baseModelArn": root_arn if parent is None else parent.arn,
+        "foundationModelArn": root_arn,
         "customModelId": new_id(),
         "hyperParameters": plan.hyper_parameters,
         "userHyperParameters": params.get("hyperParameters", {}),
+        **lineage,
     }
-    cores, memory_bytes = job_needs(services.settings)
+    cores, memory_bytes = job_needs(services.settings, base, plan)
     new_job = NewJob(
         id=job_id,
         account=context.account,
@@ -111,6 +116,15 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     tags.check_tag_count(arn, job_tags)
     tags.check_tag_count(params["customModelName"], params.get("customModelTags", ()))
     with transaction(services.engine) as connection:
+        if parent is not None:
+            # Held to the end: the model cannot be deleted before the row that needs it is there.
+            lock_account(connection, context.account, context.region)
+            is_there = models.get_model(connection, context.account, context.region, parent.arn)
+            if is_there is None and find_replay(connection, token) is None:
+                raise ValidationException(
+                    f"The custom model {parent.name} was deleted while the job was created. Start "
+                    "from another model."
+                )
         job = jobs.create_job(
             connection,
             new_job,
@@ -222,24 +236,40 @@ def _status_details(connection: Connection, job: Job) -> dict[str, Any]:
     }
 
 
-def _base_model(connection: Connection, context: RequestContext, identifier: str) -> BaseModel:
-    base = context.services.catalog.resolve(identifier, region=context.region)
+def _starting_point(
+    connection: Connection, context: RequestContext, identifier: str
+) -> tuple[BaseModel, CustomModel | None]:
+    """Return the base model that is named, or the custom model and the base model at its root.
+
+    A custom model is named by its ARN, by its name, or by an ARN that ends in its name.
+
+    Raises:
+        AccessDeniedException: the caller may not start from that custom model.
+        ValidationException: there is no such model.
+    """
+    catalog = context.services.catalog
+    base = catalog.resolve(identifier, region=context.region)
     if base is not None:
-        return base
+        return base, None
     custom = models.get_model(connection, context.account, context.region, identifier)
-    if custom is not None:
+    named = identifier if identifier.startswith("arn:") else context.arn(CUSTOM_MODEL.arn_type)
+    context.require(connection, ACTION, custom.arn if custom else named)
+    if custom is None:
         raise ValidationException(
-            f"{identifier} is a custom model. Jobs start from a base model for now: name "
-            f"{custom.base_model_id}, or the model that you want to start from anew."
+            f"The provided model identifier is invalid: {identifier}. ListFoundationModels and "
+            "ListCustomModels list what can be customized."
         )
-    raise ValidationException(
-        f"The provided model identifier is invalid: {identifier}. ListFoundationModels lists "
-        "what can be customized."
-    )
+    base = catalog.resolve(custom.base_model_id)
+    if base is None:
+        raise ValidationException(
+            f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue any "
+            "more. Add it again with `outcrop models add`."
+        )
+    return base, custom
 
 
 def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None:
-    customization_type = params.get("customizationType", OFFERED_TYPES[0])
+    customization_type = params.get("customizationType", FINE_TUNING)
     if customization_type not in OFFERED_TYPES:
         raise ValidationException(
             f"customizationType {customization_type} is not offered yet. Offered: "

@@ -11,12 +11,11 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
 
-from outcrop.data.examples import read_examples
+from outcrop.data.examples import Rendered, read_examples
 from outcrop.data.limits import check_total_records
 from outcrop.data.records import Example
 from outcrop.data.render import Renderer
@@ -24,6 +23,7 @@ from outcrop.errors import LeaseLost, ModelError, StopRequested
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, custom_model_arn, parse_s3_uri
 from outcrop.jobs import artifacts, places
+from outcrop.jobs.parents import ADAPTER_MEMBER, describe_adapter, parent_artifact, plan_parent
 from outcrop.jobs.reporting import Reporter
 from outcrop.models.catalog import BaseModel, load_catalog
 from outcrop.models.weights import ensure_weights
@@ -83,7 +83,9 @@ def run(
         job.spec["customizationType"],
         job.spec["userHyperParameters"],
         has_validation=_validation_uri(job) is not None,
+        parent=plan_parent(job.spec),
     )
+    parent = parent_artifact(settings, job.spec)
     data = _read_data(settings, objects, job, base, plan, Renderer(folder))
     _check_stop(should_stop)
     stage.end("validation")
@@ -114,6 +116,7 @@ def run(
         data.training,
         data.validation,
         work,
+        parent=parent,
         on_step=reporter.on_step,
         on_validation=reporter.on_validation,
         on_resume=reporter.on_resume,
@@ -125,7 +128,7 @@ def run(
     )
     reporter.finish()
     _check_stop(should_stop)
-    _publish(settings, engine, job, base, work, result)
+    _publish(settings, engine, job, base, plan, result)
 
 
 class _Stages:
@@ -192,7 +195,9 @@ def _read_data(
     validation_uri = _validation_uri(job)
     assert training_uri is not None
 
-    def read(uri: S3Uri, role: str, max_records: int) -> list[Example]:
+    customization_type = job.spec["customizationType"]
+
+    def read(uri: S3Uri, role: str, max_records: int) -> Rendered:
         with objects.open(uri) as stream:
             return read_examples(
                 stream,
@@ -202,15 +207,16 @@ def _read_data(
                 role=role,
                 batch_size=plan.batch_size,
                 max_records=max_records,
+                customization_type=customization_type,
             )
 
     training = read(training_uri, "training", settings.max_training_records)
-    validation: list[Example] = []
+    validation = Rendered([], 0)
     if validation_uri is not None:
         validation = read(validation_uri, "validation", settings.max_validation_records)
     if not (settings.max_training_records or settings.max_validation_records):
-        check_total_records(base, len(training), len(validation))
-    return Data(training, validation)
+        check_total_records(base, training.num_records, validation.num_records, customization_type)
+    return Data(training.examples, validation.examples)
 
 
 def _publish(
@@ -218,7 +224,7 @@ def _publish(
     engine: Engine,
     job: Job,
     base: BaseModel,
-    work: Path,
+    plan: TrainPlan,
     result: TrainResult,
 ) -> None:
     """Move the artifact to its place, then make model and end of job visible in one transaction."""
@@ -250,10 +256,10 @@ def _publish(
         job_name=job.name,
         base_model_id=base.customization_id,
         base_model_arn=job.spec["baseModelArn"],
-        foundation_model_arn=job.spec["baseModelArn"],
+        foundation_model_arn=job.spec.get("foundationModelArn", job.spec["baseModelArn"]),
         customization_type=job.spec["customizationType"],
         hyper_parameters=job.spec["hyperParameters"],
-        spec=job.spec,
+        spec={**job.spec, ADAPTER_MEMBER: describe_adapter(plan)},
         metrics=metrics,
         artifact_path=str(folder.relative_to(settings.data_dir)),
         artifact_digest=result.digest,

@@ -1,4 +1,7 @@
-"""Custom models: published by the job that made them, deleted only when nothing uses them."""
+"""Custom models: published by the job that made them, deleted only when nothing serves them.
+
+A job that starts from a model does not keep the model from being deleted, only its files.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +84,15 @@ def count_models(connection: Connection, account: str, region: str) -> int:
 
 
 def artifact_paths(connection: Connection) -> set[str]:
-    """Return the folders that models of all accounts use, relative to the data directory."""
-    return set(connection.execute(sa.select(_TABLE.c.artifact_path)).scalars())
+    """Return the folders that are in use, of all accounts, relative to the data directory: those
+    of models, and those that jobs which have not ended start from.
+    """
+    used = set(connection.execute(sa.select(_TABLE.c.artifact_path)).scalars())
+    specs = sa.select(tables.job.c.spec).where(tables.job.c.ended_at.is_(None))
+    for spec in connection.execute(specs).scalars():
+        if "parent" in spec:
+            used.add(spec["parent"]["artifactPath"])
+    return used
 
 
 def delete_model(connection: Connection, model: CustomModel) -> None:
