@@ -30,12 +30,13 @@ from outcrop.errors import (
     StopRequested,
     TrainingError,
 )
-from outcrop.jobs import artifacts, customization
+from outcrop.jobs import artifacts, customization, memory
 from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
 from outcrop.store.rows import Job
+from outcrop.train.memory import gibibytes, is_out_of_memory, peak_memory_bytes
 
 logger = logging.getLogger("outcrop.attempt")
 
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
     engine = connect(settings.effective_database_url)
     stop = StopFlag()
     signal.signal(signal.SIGTERM, stop.set)
+    memory.offer_to_be_killed_first()
     try:
         return run_attempt(settings, engine, job_id, fence, stop)
     finally:
@@ -126,6 +128,11 @@ def run_attempt(
         if _error_number(error) not in NO_ROOM:
             raise
         return _fail(engine, job_id, fence, _no_room(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        allowed = memory.given(settings, job.memory_bytes) if job is not None else 0
+        return _fail(engine, job_id, fence, _no_memory(error, allowed))
     return 0
 
 
@@ -161,6 +168,17 @@ def _no_room(error: OSError | SafetensorError) -> str:
         f"The disk is full, or a quota is used up{where}: {os.strerror(number)}. The model could "
         "not be written, and nothing was published. Free some space in the data directory and "
         "create the job again."
+    )
+
+
+def _no_memory(error: BaseException, allowed: int) -> str:
+    return (
+        f"The job does not fit into memory: the process was allowed {gibibytes(allowed)}, its peak "
+        f"was {gibibytes(peak_memory_bytes())}, and the machine has "
+        f"{gibibytes(memory.machine_memory())}. It was refused more outside of a step, so smaller "
+        "portions would not help. Nothing was published. A smaller model, adapters instead of full "
+        "fine-tuning, or a machine with more memory may help. The last thing that was refused: "
+        f"{str(error)[:300] or type(error).__name__}"
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
@@ -22,7 +23,8 @@ from outcrop.data.render import Renderer
 from outcrop.errors import LeaseLost, ModelError, StopRequested
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, custom_model_arn, parse_s3_uri
-from outcrop.jobs import artifacts, places
+from outcrop.jobs import artifacts, memory, places
+from outcrop.jobs.digests import DataDigests
 from outcrop.jobs.parents import ADAPTER_MEMBER, describe_adapter, parent_artifact, plan_parent
 from outcrop.jobs.reporting import Reporter
 from outcrop.models.catalog import BaseModel, load_catalog
@@ -33,6 +35,7 @@ from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
+from outcrop.train.memory import ModelShape, Portions, bounded_memory
 from outcrop.train.plan import TrainPlan, make_plan
 
 if TYPE_CHECKING:
@@ -86,7 +89,9 @@ def run(
         parent=plan_parent(job.spec),
     )
     parent = parent_artifact(settings, job.spec)
-    data = _read_data(settings, objects, job, base, plan, Renderer(folder))
+    digests = DataDigests()
+    data = _read_data(settings, objects, job, base, plan, Renderer(folder), digests)
+    portions = _settle(settings, engine, job, folder, plan, data, digests)
     _check_stop(should_stop)
     stage.end("validation")
 
@@ -110,23 +115,28 @@ def run(
         num_epochs=plan.num_epochs,
     )
     work = artifacts.work_folder(settings, job.id, job.fence)
-    result = train(
-        plan,
-        folder,
-        data.training,
-        data.validation,
-        work,
-        parent=parent,
-        on_step=reporter.on_step,
-        on_validation=reporter.on_validation,
-        on_resume=reporter.on_resume,
-        should_stop=should_stop,
-        threads=job.cores,  # what the queue set aside for it, on whatever machine
-        checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),
-        checkpoint_seconds=settings.checkpoint_seconds,
-        earlier=artifacts.earlier_checkpoint_folders(settings, job.id, job.fence),
-    )
-    reporter.finish()
+    with bounded_memory(memory.given(settings, job.memory_bytes), job.cores):
+        result = train(
+            plan,
+            folder,
+            data.training,
+            data.validation,
+            work,
+            parent=parent,
+            on_step=reporter.on_step,
+            on_validation=reporter.on_validation,
+            on_resume=reporter.on_resume,
+            on_portions=reporter.on_portions,
+            should_stop=should_stop,
+            threads=job.cores,  # what the queue set aside for it, on whatever machine
+            micro_batch_tokens=portions.tokens,
+            kept_tokens=portions.kept_tokens,
+            cuts=int(job.run_plan.get(memory.MEMORY_CUTS, 0)),
+            checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),
+            checkpoint_seconds=settings.checkpoint_seconds,
+            earlier=artifacts.earlier_checkpoint_folders(settings, job.id, job.fence),
+        )
+    reporter.finish(result.published_step)
     _check_stop(should_stop)
     _publish(settings, engine, job, base, plan, result)
 
@@ -190,6 +200,7 @@ def _read_data(
     base: BaseModel,
     plan: TrainPlan,
     renderer: Renderer,
+    digests: DataDigests,
 ) -> Data:
     training_uri = parse_s3_uri(job.spec["trainingDataConfig"]["s3Uri"])
     validation_uri = _validation_uri(job)
@@ -198,7 +209,7 @@ def _read_data(
     customization_type = job.spec["customizationType"]
 
     def read(uri: S3Uri, role: str, max_records: int) -> Rendered:
-        with objects.open(uri) as stream:
+        with digests.reading(objects, uri) as stream:
             return read_examples(
                 stream,
                 str(uri),
@@ -217,6 +228,35 @@ def _read_data(
     if not (settings.max_training_records or settings.max_validation_records):
         check_total_records(base, training.num_records, validation.num_records, customization_type)
     return Data(training.examples, validation.examples)
+
+
+def _settle(
+    settings: Settings,
+    engine: Engine,
+    job: Job,
+    folder: Path,
+    plan: TrainPlan,
+    data: Data,
+    digests: DataDigests,
+) -> Portions:
+    """Decide, at the job's first attempt, what all of its attempts compute alike, and return the
+    portions of its steps.
+
+    Raises:
+        TrainingError: the data is not what the first attempt saw, or does not fit into memory.
+        LeaseLost: another attempt holds the job.
+    """
+    digests.check(job.run_plan.get("data", {}))
+    recorded = job.run_plan.get("portions")
+    if recorded is not None:
+        return Portions(**recorded)
+    allowed = memory.given(settings, job.memory_bytes)
+    portions = memory.choose_portions(ModelShape.read(folder), plan, data.training, allowed)
+    run_plan = {**job.run_plan, "portions": portions.described(), "data": digests.found}
+    with transaction(engine) as connection:
+        if not jobs.record_run_plan(connection, job.id, job.fence, run_plan):
+            raise LeaseLost
+    return portions
 
 
 def _publish(
@@ -244,6 +284,7 @@ def _publish(
         "validationMetrics": (
             [] if result.validation_loss is None else [{"validationLoss": result.validation_loss}]
         ),
+        "publishedStep": result.published_step,
     }
     arn = custom_model_arn(job.region, job.account, base.customization_id, model_id)
     model = NewCustomModel(

@@ -17,19 +17,16 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
+from outcrop.jobs.memory import asked_for, memory_for_jobs
+from outcrop.models.catalog import BaseModel
 from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.rows import Job, LiveJob
+from outcrop.train.plan import TrainPlan
 
 LEASE_SECONDS = 15.0
 """A heartbeat moves every second; one that has not for so long means that its holder is gone."""
 CORES_A_JOB = 2
-MEMORY_A_JOB = 4 << 30
-"""Bytes: a training process of the shipped model stays below it. Measured peaks, adapter of rank 16
-in bfloat16: 2.8 GiB with a record of 2,048 tokens, the longest that keeps its activations, and 1.5
-GiB with one of 4,016, which computes them twice (train/memory.py). See docs/log.md."""
-MEMORY_FOR_THE_REST = 2 << 30
-"""Bytes left to the gateway, the object store and a model server."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +42,19 @@ class Capacity:
 def capacity(settings: Settings) -> Capacity:
     """Return what this machine has for jobs: one on two cores, unless `job_slots` says more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - MEMORY_FOR_THE_REST
     if settings.job_slots:
         return Capacity(1 << 30, 1 << 62, settings.job_slots)
-    # The first job may always run, however small the machine is.
-    slots = max(1, min((cores or 1) // CORES_A_JOB, memory // MEMORY_A_JOB))
-    return Capacity(max(cores or 1, CORES_A_JOB), max(memory, MEMORY_A_JOB), slots)
+    slots = max(1, (cores or 1) // CORES_A_JOB)
+    return Capacity(max(cores or 1, CORES_A_JOB), memory_for_jobs(), slots)
 
 
-def job_needs(settings: Settings) -> tuple[int, int]:
-    """Return the cores and the bytes of memory that a customization job is given."""
-    return settings.train_threads or CORES_A_JOB, MEMORY_A_JOB
+def job_needs(settings: Settings, base: BaseModel, plan: TrainPlan) -> tuple[int, int]:
+    """Return the cores and the bytes of memory that a customization job asks for.
+
+    Raises:
+        ModelError: the base's weights do not tell their shape.
+    """
+    return settings.train_threads or CORES_A_JOB, asked_for(settings, base, plan)
 
 
 def claim_next(

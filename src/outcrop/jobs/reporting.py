@@ -21,6 +21,7 @@ from outcrop.objects.client import ObjectStore
 from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job
+from outcrop.train.memory import Portions
 from outcrop.train.metrics import (
     SPEED_WINDOW,
     StepRow,
@@ -60,6 +61,7 @@ class Reporter:
         self._total_steps, self._num_epochs = total_steps, num_epochs
         self._progress_at = self._csv_at = 0.0
         self._uploaded_steps = 0
+        self._published_step: int | None = None
 
     def on_step(self, row: StepRow) -> None:
         """Take the metrics of one optimizer step."""
@@ -76,14 +78,36 @@ class Reporter:
         self.steps.extend(steps)
         self.validations.extend(validations)
 
-    def finish(self) -> None:
+    def on_portions(self, portions: Portions, message: str) -> None:
+        """Tell that memory did not suffice, and steps are computed in smaller portions."""
+        with transaction(self._engine) as connection:
+            told = jobs.report_event(
+                connection, self._job.id, self._job.fence, "WARN", "OutOfMemory", message
+            )
+        if not told:
+            raise LeaseLost
+
+    def finish(self, published_step: int) -> None:
         """Write everything, for good.
 
+        Args:
+            published_step: after how many steps the model was as it is published.
         Raises:
             ObjectStoreError: the owner's bucket does not take the files.
             LeaseLost: another attempt holds the job.
         """
+        self._published_step = published_step
         self._write_progress()
+        if published_step != len(self.steps):
+            message = (
+                f"The model is published as it was after {published_step} of {len(self.steps)} "
+                "steps, where the validation loss was lowest"
+                + ("." if published_step else ": no step made it lower than the base model's.")
+            )
+            with transaction(self._engine) as connection:
+                jobs.report_event(
+                    connection, self._job.id, self._job.fence, "INFO", "BestState", message
+                )
         self._write_csv()
 
     def _report(self, *, force: bool = False) -> None:
@@ -95,6 +119,10 @@ class Reporter:
         is_worth_it = num_steps <= MANY_STEPS or num_steps >= 1.1 * self._uploaded_steps
         if force or (is_worth_it and now - self._csv_at >= CSV_SECONDS):
             self._csv_at = now
+            if self._progress_at != now:
+                # The bucket knows no fence: whether the lease still holds is asked right before.
+                self._progress_at = now
+                self._write_progress()
             try:
                 self._write_csv()
             except ObjectStoreError as error:  # the final write decides; this one may fail
@@ -117,6 +145,8 @@ class Reporter:
         if self.steps:
             progress["epoch"] = round(self._num_epochs * done / self._total_steps, 3)
             progress["trainingLoss"] = self.steps[-1].training_loss
+            progress["peakMemoryBytes"] = self.steps[-1].peak_memory_bytes
+            progress["microBatchTokens"] = self.steps[-1].micro_batch_tokens
             tokens_per_second, eta_seconds = speed(
                 self.steps[-SPEED_WINDOW:], self._total_steps - done
             )
@@ -127,6 +157,8 @@ class Reporter:
             progress["validationLoss"] = self.validations[-1].validation_loss
             if self.validations[0].step_number == 0:
                 progress["baseValidationLoss"] = self.validations[0].validation_loss
+        if self._published_step is not None:
+            progress["publishedStep"] = self._published_step
         return progress
 
     def _write_csv(self) -> None:

@@ -1,7 +1,8 @@
 """The worker: claims jobs, keeps their leases, and sees every attempt to its end.
 
 It computes nothing itself. An attempt ends its own row; where one ends without having done so, its
-job goes back to the queue, until so many attempts were lost that it is failed with the reason.
+job goes back to the queue, until so many attempts were lost that it is failed with the reason. A
+job whose attempt the kernel ended for its memory is tried once more, in smaller portions.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from outcrop.jobs import queue
+from outcrop.jobs import memory, queue
 from outcrop.jobs.executors import Attempt, Executor
 from outcrop.jobs.executors.local import LocalExecutor, log_file
 from outcrop.processes.spawn import log_tail
@@ -26,6 +27,7 @@ from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import check_version, connect, transaction
 from outcrop.store.rows import Job, LiveJob
+from outcrop.train.memory import gibibytes
 
 logger = logging.getLogger("outcrop.worker")
 
@@ -39,6 +41,9 @@ EXIT_SECONDS = 30.0
 PAUSE_SECONDS = 2.0
 """After a fault of the machine (database away, no process to be had), before the next try."""
 LOG_TAIL_BYTES = 600
+KILL_SECONDS = 10.0
+"""An attempt that ends so soon after the kernel ended some process for memory was that process:
+freeing gigabytes takes a moment, and nobody looks more often than POLL_SECONDS."""
 
 
 @dataclass
@@ -65,10 +70,12 @@ class Worker:
         stop_seconds: float = STOP_SECONDS,
         lease_seconds: float = queue.LEASE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        oom_kills: Callable[[], int | None] = memory.oom_kills,
     ) -> None:
         """
         Args:
             clock: seconds that never jump; tests have one of their own.
+            oom_kills: see `memory.oom_kills`; tests have a kernel of their own.
         """
         self.settings, self.engine, self.name = settings, engine, name
         self._executor = executor
@@ -77,6 +84,9 @@ class Worker:
         self._clock = clock
         self._leases = queue.LeaseWatch(lease_seconds, clock=clock)
         self._held: dict[str, _Held] = {}
+        self._oom_kills = oom_kills
+        self._kills = oom_kills()
+        self._kill_seen_at: float | None = None
 
     @property
     def busy(self) -> bool:
@@ -91,6 +101,7 @@ class Worker:
                 ended.
             OSError: no attempt can be started; its job is back in the queue.
         """
+        self._look_for_kills()
         for held in list(self._held.values()):
             if (code := held.attempt.poll()) is not None:
                 self._ended(held, code)
@@ -147,16 +158,63 @@ class Worker:
         job = held.job
         how = describe_exit(code)
         reason = f"Attempt {job.attempts} ended ({how}) before the job did."
-        if code == -signal.SIGKILL and held.kill_at is None:
-            reason += " The kernel does that when memory runs out."
         tail = log_tail(log_file(self.settings, job), LOG_TAIL_BYTES)
-        if tail:
-            reason += f" The last line of its log: {tail.splitlines()[-1]}"
+        said = f" The last line of its log: {tail.splitlines()[-1]}" if tail else ""
         with transaction(self.engine) as connection:
-            unfinished = jobs.requeue(connection, job.id, job.fence, reason)
+            now = jobs.get_job_by_id(connection, job.id)
+            if now is not None and held.kill_at is None and self._died_of_memory(now, code):
+                unfinished = self._cut(connection, now, reason, said)
+            else:
+                unfinished = jobs.requeue(connection, job.id, job.fence, reason + said)
         del self._held[job.id]
         level = logging.WARNING if unfinished else logging.INFO
         logger.log(level, "job %s: attempt %d ended (%s)", job.id, job.attempts, how)
+
+    def _look_for_kills(self) -> None:
+        """Notice when the kernel ends processes for memory."""
+        kills = self._oom_kills()
+        if kills is not None and self._kills is not None and kills > self._kills:
+            self._kill_seen_at = self._clock()
+        self._kills = kills
+
+    def _died_of_memory(self, job: Job, code: int) -> bool:
+        self._look_for_kills()
+        seen_at = self._kill_seen_at
+        was_seen = seen_at is not None and self._clock() - seen_at <= KILL_SECONDS
+        peak = int(job.progress.get("peakMemoryBytes", 0))
+        allowed = memory.given(self.settings, job.memory_bytes)
+        return memory.died_of_memory(
+            code, was_seen if self._kills is not None else None, peak, allowed
+        )
+
+    def _cut(self, connection: Connection, job: Job, reason: str, said: str) -> bool:
+        """Have a job that ran out of memory tried in smaller portions, once; then it fails.
+
+        False where the job had ended, or its lease was lost.
+        """
+        peak = job.progress.get("peakMemoryBytes")
+        figures = (
+            f"its peak, when it last told, was {gibibytes(peak) if peak else 'not known'}; it was "
+            f"allowed {gibibytes(memory.given(self.settings, job.memory_bytes))}, and the machine "
+            f"has {gibibytes(memory.machine_memory())}."
+        )
+        cuts = int(job.run_plan.get(memory.MEMORY_CUTS, 0))
+        if not cuts:
+            return jobs.requeue(
+                connection,
+                *(job.id, job.fence),
+                f"{reason} The system ended it for its memory: {figures} The next attempt computes "
+                f"half as many tokens at a time.{said}",
+                run_plan={**job.run_plan, memory.MEMORY_CUTS: 1},
+            )
+        return jobs.fail_job(
+            connection,
+            *(job.id, job.fence),
+            f"{reason} The system ended it for its memory, the second time, although it computed "
+            f"half as many tokens at a time: {figures} Nothing was published. Free some memory "
+            "(fewer jobs at once, other programs, model servers), or use shorter records or a "
+            f"smaller model, and create the job again.{said}",
+        )
 
     def _recover(self, held: list[LiveJob]) -> None:
         for job in self._leases.expired(held):

@@ -11,14 +11,17 @@ from sqlalchemy import Engine
 from tests.unit.store.build import ACCOUNT, OTHER_ACCOUNT, queued, running
 
 from outcrop.jobs import queue
+from outcrop.jobs.memory import machine_memory
 from outcrop.jobs.queue import Capacity, LeaseWatch
+from outcrop.models.catalog import BaseModel, load_catalog
 from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.rows import LiveJob
+from outcrop.train.plan import TrainPlan, make_plan
 
 THIRD_ACCOUNT = "333333333333"
-ROOM = Capacity(cores=2, memory_bytes=1 << 30, slots=1)
+ROOM = Capacity(cores=2, memory_bytes=8 << 30, slots=1)
 
 
 def run_all(engine: Engine) -> list[str]:
@@ -190,12 +193,18 @@ def test_jumps_of_the_wall_clock_neither_end_a_lease_nor_keep_one(engine: Engine
         assert len(watch.expired(jobs.live_jobs(connection, jobs.HELD))) == 1
 
 
+def titan() -> tuple[BaseModel, TrainPlan]:
+    base = load_catalog(Settings()).resolve("amazon.titan-text-express-v1")
+    assert base is not None
+    return base, make_plan(base, "FINE_TUNING", {}, has_validation=False)
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_job_slots_decide_where_they_are_set(engine: Engine, slots: int) -> None:
     settings = Settings(job_slots=slots)
     room = queue.capacity(settings)
     assert room.slots == slots
-    cores, memory = queue.job_needs(settings)
+    cores, memory = queue.job_needs(settings, *titan())
     assert cores * slots <= room.cores
     assert memory * slots <= room.memory_bytes
 
@@ -203,7 +212,7 @@ def test_job_slots_decide_where_they_are_set(engine: Engine, slots: int) -> None
 def test_a_machine_always_has_room_for_one_job() -> None:
     settings = Settings()
     room = queue.capacity(settings)
-    cores, memory = queue.job_needs(settings)
+    cores, _ = queue.job_needs(settings, *titan())
     assert room.slots >= 1
     assert room.cores >= cores
-    assert room.memory_bytes >= memory
+    assert 0 < room.memory_bytes < machine_memory()

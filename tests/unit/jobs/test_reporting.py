@@ -63,6 +63,8 @@ def test_progress_is_counted_and_measured(engine: Engine) -> None:
         "totalSteps": 4,
         "epoch": 0.5,
         "trainingLoss": 2.5,
+        "peakMemoryBytes": 1 << 30,
+        "microBatchTokens": 1024,
         "tokensPerSecond": 200.0,
         "etaSeconds": 1.5,
         "validationLoss": 2.0,
@@ -77,7 +79,7 @@ def test_metrics_are_in_the_bucket_at_the_end(engine: Engine) -> None:
     for number in range(4):
         report.on_step(step(number))
     report.on_validation(ValidationRow(4, 1, 2.0, 7.4))
-    report.finish()
+    report.finish(0)
     steps = objects.content[artifacts.step_metrics_object(OUTPUT, job.id)]
     assert len(steps.splitlines()) == 1 + 4
     for uri in artifacts.validation_metrics_objects(OUTPUT, job.id):
@@ -95,7 +97,7 @@ def test_attempt_that_lost_its_lease_writes_nothing_more(engine: Engine) -> None
     with pytest.raises(LeaseLost):
         report.on_validation(ValidationRow(0, 0, 3.0, 20.1))
     with pytest.raises(LeaseLost):
-        report.finish()
+        report.finish(0)
     assert as_it_stands(engine, job) == before
     assert objects.content == {}
 
@@ -108,7 +110,7 @@ def test_bucket_may_be_away_meanwhile_but_not_at_the_end(engine: Engine) -> None
     report.on_validation(ValidationRow(0, 0, 3.0, 20.1))
     assert as_it_stands(engine, job).progress["validationLoss"] == 3.0
     with pytest.raises(ObjectStoreError):
-        report.finish()
+        report.finish(0)
 
 
 def test_large_files_are_uploaded_only_when_they_have_grown_by_a_tenth(
@@ -125,7 +127,7 @@ def test_large_files_are_uploaded_only_when_they_have_grown_by_a_tenth(
         uploaded.append(len(lines) - 1)
     assert uploaded[:20] == list(range(1, 21)), "small ones every time"
     assert sorted(set(uploaded[20:])) == [20, 22, 25, 28, 31, 35, 39]
-    report.finish()
+    report.finish(0)
     for file in (artifacts.step_metrics_object, artifacts.step_details_object):
         body = objects.content[file(OUTPUT, job.id)]
         assert len(body.splitlines()) in (40, 41), "all of it in the end, with or without a header"

@@ -29,7 +29,7 @@ def new_job(name: str, account: str = ACCOUNT, **fields: Any) -> NewJob:
         "spec": {"customModelId": new_id(), "baseModelArn": BASE_ARN},
         "stages": STAGES,
         "cores": 1,
-        "memory_bytes": 1 << 20,
+        "memory_bytes": 4 << 30,
         "model_name": f"model-of-{name}",
         **fields,
     }

@@ -1,0 +1,188 @@
+"""How much memory a job needs, is given, and died of.
+
+A job asks for what the worst of its model's allowed records would take. On the machine that runs it
+it is given that, or what the machine has. In the validation stage, when its records are known, its
+steps are cut so that they fit; what cannot be made to fit is refused there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
+from outcrop.data.records import Example
+from outcrop.errors import OutOfMemoryError
+from outcrop.models.catalog import BaseModel, LoraConfig
+from outcrop.models.weights import SHIPPED_KEY, weights_folder
+from outcrop.train.memory import (
+    KEPT_TOKENS,
+    LEAST_TOKENS,
+    MEMORY_TOLERANCE,
+    SHIPPED_SHAPE,
+    ModelShape,
+    Portions,
+    gibibytes,
+    predict_memory,
+)
+from outcrop.train.plan import TrainPlan
+
+if TYPE_CHECKING:
+    from outcrop.settings import Settings
+
+MEMORY_FOR_THE_REST = 2 << 30
+"""Bytes left to the gateway, the object store and a model server."""
+MEMORY_CUTS = "memoryCuts"
+"""In a job's run plan: how often an attempt was ended for its memory."""
+OOM_SCORE = 500
+"""Added to an attempt's score, so that the kernel ends it and not the database or the gateway."""
+KEPT_STEP = 128
+"""Tokens between two lengths that are tried for the longest record that keeps its activations."""
+NEAR_ITS_BOUND = 0.9
+"""A process that was killed with such a share of its memory resident may have died of it."""
+
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+_KILL_COUNTS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container that this process is in."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            found.append(int(Path(file).read_text(encoding="ascii")))
+    return min(found)
+
+
+def memory_for_jobs() -> int:
+    """Return what of this machine's memory all jobs together may take."""
+    total = machine_memory()
+    return max(total - MEMORY_FOR_THE_REST, total // 2)
+
+
+def model_shape(settings: Settings, weights: str) -> ModelShape:
+    """Return the shape of a model's weights, also of those that are not converted yet.
+
+    Raises:
+        ModelError: they do not exist, or do not tell their shape.
+    """
+    folder = weights_folder(settings, weights)
+    if weights == SHIPPED_KEY and not (folder / "config.json").is_file():
+        return SHIPPED_SHAPE
+    return ModelShape.read(folder)
+
+
+def asked_for(settings: Settings, base: BaseModel, plan: TrainPlan) -> int:
+    """Return the bytes that a job asks for: enough for the longest records that it may have."""
+    limit = base.token_limit(plan.batch_size)
+    longest = min(base.context_tokens, (limit and limit.total) or base.context_tokens)
+    needed = _needed(model_shape(settings, base.weights), plan, Portions(), longest)
+    return round(needed * (1 + MEMORY_TOLERANCE))
+
+
+def given(settings: Settings, asked: int) -> int:
+    """Return the bytes that an attempt of a job may take on this machine."""
+    return min(asked, machine_memory() if settings.job_slots else memory_for_jobs())
+
+
+def choose_portions(
+    shape: ModelShape, plan: TrainPlan, examples: Sequence[Example], allowed: int
+) -> Portions:
+    """Return the largest useful portions that fit into the allowed bytes.
+
+    Raises:
+        OutOfMemoryError: not even the longest record fits alone; with the figures.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    for portions in _preferred(longest):
+        if _needed(shape, plan, portions, longest) <= allowed:
+            return portions
+    raise OutOfMemoryError(
+        _refusal(examples, longest, _needed(shape, plan, portions, longest), allowed)
+    )
+
+
+def _preferred(longest: int) -> Iterator[Portions]:
+    """Yield portions, the fastest first: long records alone compute their activations twice, then
+    micro-batches get smaller, and only then all activations are computed twice.
+    """
+    sizes = [MAX_MICRO_BATCH_TOKENS]
+    while sizes[-1] > LEAST_TOKENS:
+        sizes.append(max(sizes[-1] // 2, LEAST_TOKENS))
+    for tokens in sizes:
+        yield Portions(tokens)
+        if longest > tokens:
+            for kept in range(KEPT_TOKENS - KEPT_STEP, tokens - 1, -KEPT_STEP):
+                yield Portions(tokens, kept)
+    for tokens in sizes:
+        yield Portions(tokens, 0)
+
+
+def _refusal(examples: Sequence[Example], longest: int, needed: int, allowed: int) -> str:
+    number = next(
+        number for number, example in enumerate(examples, 1) if len(example.input_ids) == longest
+    )
+    return (
+        f"The job does not fit into memory. Training record {number}, the longest, has {longest:,} "
+        f"tokens, for which a training process needs about {gibibytes(needed)}, with activations "
+        f"that are computed twice; {gibibytes(allowed)} are allowed, of "
+        f"{gibibytes(machine_memory())} that the machine has. Nothing was trained. Shorter "
+        "records, a smaller model, adapters instead of full fine-tuning or a machine with more "
+        "memory may help."
+    )
+
+
+def _needed(shape: ModelShape, plan: TrainPlan, portions: Portions, longest: int) -> int:
+    """Return the peak of a run with records of up to so many tokens, all of which carry loss."""
+    sizes = {portions.tokens, min(longest, portions.kept_tokens), longest}
+    return max(
+        predict_memory(
+            *(shape, plan.method, size, size),
+            adapter=LoraConfig(plan.lora_rank, plan.lora_alpha, plan.lora_targets),
+            is_recomputed=size > portions.kept_tokens,
+        )
+        for size in sizes
+        if 0 < size <= max(longest, portions.tokens)
+    )
+
+
+def oom_kills() -> int | None:
+    """Return how many processes the kernel has ended for memory since it started; None: unknown.
+
+    Source: /proc/vmstat, oom_kill (Linux 4.13 and later; it counts those of all control groups);
+    memory.events of control groups version 2, where the first cannot be read.
+    """
+    for file in _KILL_COUNTS:
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(file).read_text(encoding="ascii").splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return None
+
+
+def died_of_memory(code: int, kill_was_seen: bool | None, peak: int, allowed: int) -> bool:
+    """Say whether an attempt that nobody asked to end was ended by the system for its memory.
+
+    Args:
+        code: its exit code.
+        kill_was_seen: whether the kernel counted an end for memory just then; None where the system
+            keeps no such count, and the attempt's size has to tell.
+        peak: the most that it reported to have resident, in bytes.
+        allowed: what it was given, in bytes.
+    """
+    if code != -signal.SIGKILL:
+        return False
+    return peak >= NEAR_ITS_BOUND * allowed if kill_was_seen is None else kill_was_seen
+
+
+def offer_to_be_killed_first() -> None:
+    """Let the kernel, where it needs memory, end this process before the others of the service."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
