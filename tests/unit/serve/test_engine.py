@@ -27,7 +27,9 @@ from outcrop.errors import (
     ValidationException,
 )
 from outcrop.models.lora import load_adapter, set_adapter
+from outcrop.serve.adapters import Adapters
 from outcrop.serve.engine import MAX_ACTIVE, TorchEngine
+from outcrop.serve.network import load_network
 from outcrop.serve.request import (
     Event,
     Generation,
@@ -191,6 +193,36 @@ def test_a_model_with_weights_of_its_own_is_served_beside_the_base(
     base = ask(engine)
     assert ask(engine, adapter=own) == wanted != base
     assert ask(engine) == base
+
+
+def test_an_adapter_over_own_weights_answers_with_both(engine: TorchEngine, tmp_path: Path) -> None:
+    both = write_tiny_chat(tmp_path / "both", seed=9)
+    whole = ask(engine, adapter=write_tiny_chat(tmp_path / "whole", seed=9))
+    write_random_adapter(both, both / "adapter", seed=2)
+    alone = start(tmp_path / "whole")
+    try:
+        wanted = ask(alone, adapter=both / "adapter")
+    finally:
+        alone.close()
+    assert ask(engine, adapter=both) == wanted != whole
+
+
+def test_models_with_own_weights_that_take_turns_are_read_once_each(
+    engine: TorchEngine, tmp_path: Path
+) -> None:
+    owns = [write_tiny_chat(tmp_path / str(seed), seed=seed) for seed in (7, 8)]
+    answers = [ask(engine, adapter=own) for own in (*owns, *owns)]
+    assert answers[:2] == answers[2:]
+    assert engine.stats().num_adapter_loads == 2
+
+
+def test_what_is_over_the_bytes_for_own_weights_is_read_again(folder: Path, tmp_path: Path) -> None:
+    owns = [write_tiny_chat(tmp_path / str(seed), seed=seed) for seed in (7, 8)]
+    adapters = Adapters(load_network(folder, torch.float32), dtype=torch.float32, max_own_bytes=0)
+    networks = [adapters.use(str(own)) for own in (owns[0], owns[0], owns[1], owns[0])]
+    assert networks[0] is networks[1]
+    assert networks[0] is not networks[3]
+    assert adapters.num_loaded == 3
 
 
 def test_a_damaged_adapter_fails_its_requests_only(
