@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices of a model's shapes: what a trainer could reach at most.
+"""How fast this machine multiplies matrices of a model's shapes: what a trainer could reach.
 
     python -m benchmarks.matrix_rate CONFIG.json [--threads 2] [--dtype bfloat16]
 

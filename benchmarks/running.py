@@ -80,8 +80,7 @@ def write_result(subject: str, how: str, table: Sequence[Sequence[str]], notes: 
         notes: what was not measured, and what to bear in mind.
     """
     now = datetime.now(UTC)
-    rows = ["| " + " | ".join(row) + " |" for row in table]
-    rows.insert(1, "|" + "---|" * len(table[0]))
+    rows = table_lines(table)
     text = "\n".join(
         [
             f"# {subject.replace('_', ' ').capitalize()}, {now:%Y-%m-%d}",
@@ -107,6 +106,12 @@ def write_result(subject: str, how: str, table: Sequence[Sequence[str]], notes: 
     print("\n".join(rows))
     print(f"written to {path.relative_to(RESULTS.parent.parent)}")
     return path
+
+
+def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table as Markdown, its first row as the heading."""
+    rows = ["| " + " | ".join(row) + " |" for row in table]
+    return [rows[0], "|" + "---|" * len(table[0]), *rows[1:]]
 
 
 def module_arguments() -> list[str]:
