@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -68,7 +67,7 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
     output = Path(work["output"] or tempfile.mkdtemp(prefix="outcrop-bench-"))
     try:
         result = train(
-            make_work_plan(work, len(examples)),
+            make_work_plan(work),
             Path(work["weights"]),
             examples,
             validation,
@@ -95,11 +94,17 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_work_plan(work: dict[str, Any], num_examples: int) -> TrainPlan:
-    """Return the plan: the catalogue's, with the numbers of the work in their places."""
-    base = next(model for model in shipped_models() if model.model_id == BASE_MODEL)
-    plan = make_plan(base, "FINE_TUNING", {}, has_validation=True)
-    assert math.ceil(num_examples / work["batch_size"]) > 0
+def make_work_plan(work: dict[str, Any]) -> TrainPlan:
+    """Return the catalogue's plan, or one with the numbers of the work in their places."""
+    models = {model.model_id: model for model in shipped_models()}
+    if work["catalogue"]:
+        return make_plan(
+            models[work["catalogue"]["base_model"]],
+            "FINE_TUNING",
+            work["catalogue"]["hyper_parameters"],
+            has_validation=bool(work["validation"]),
+        )
+    plan = make_plan(models[BASE_MODEL], "FINE_TUNING", {}, has_validation=True)
     return replace(
         plan,
         method=work["method"],
@@ -116,7 +121,7 @@ def make_work_plan(work: dict[str, Any], num_examples: int) -> TrainPlan:
 
 def write_start(work: dict[str, Any], folder: Path) -> None:
     """Write the adapter that a run with this seed starts from, in peft's layout."""
-    plan = make_work_plan(work, 1)
+    plan = make_work_plan(work)
     model = load_base(Path(work["weights"]))
     config = LoraConfig(plan.lora_rank, plan.lora_alpha, plan.lora_targets)
     attach(model, config, work["seed"])

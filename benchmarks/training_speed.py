@@ -27,7 +27,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from benchmarks.aws_operations import operation_examples
 from benchmarks.running import RESULTS, table_lines, write_result
@@ -84,25 +83,25 @@ RIVALS: Mapping[tuple[str, str], tuple[Contender, ...]] = {
 }
 """Whom Outcrop is compared with: TRL as it comes, and the fastest setting that --search found."""
 
-SEARCH: Mapping[str, Mapping[str, Any]] = {
-    "its defaults": {},
-    "no checkpointing": {"gradient_checkpointing": False},
-    "no checkpointing, bfloat16 weights": {"gradient_checkpointing": False, **_BF16},
-    "padding-free": {"padding_free": True, "max_length": None},
-    "padding-free, no checkpointing": _FREE,
-    "padding-free, no checkpointing, bfloat16 weights": {**_FREE, **_BF16},
-    "padding-free, no checkpointing, bfloat16 weights, 2 x 4 records": {
-        **_FREE,
-        **_BF16,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-    },
-    "padding-free, no checkpointing, bfloat16 weights, torch.compile": {
-        **_FREE,
-        **_BF16,
-        "torch_compile": True,
-    },
-}
+SEARCH = (
+    TRL_DEFAULTS,
+    Contender("TRL, no checkpointing", "trl", {"gradient_checkpointing": False}),
+    Contender(
+        "TRL, no checkpointing, bfloat16 weights", "trl", {"gradient_checkpointing": False, **_BF16}
+    ),
+    Contender("TRL, padding-free", "trl", {"padding_free": True, "max_length": None}),
+    Contender("TRL, padding-free, no checkpointing", "trl", _FREE),
+    Contender("TRL, padding-free, no checkpointing, bfloat16 weights", "trl", {**_FREE, **_BF16}),
+    Contender(
+        "the same, 2 x 4 records",
+        "trl",
+        {**_FREE, **_BF16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ),
+    Contender("the same, torch.compile", "trl", {**_FREE, **_BF16, "torch_compile": True}),
+    Contender(
+        "the same, threads that sleep while they wait", "trl", {**_FREE, **_BF16}, ENVIRONMENT
+    ),
+)
 """TRL's settings that change its speed and not which records make a step."""
 
 LADDER: Mapping[str, Contender] = {
@@ -191,7 +190,7 @@ def choose_contenders(options: argparse.Namespace) -> list[Contender]:
         without = [replace(one, name=f"without: {name}") for name, one in LADDER.items()]
         return [OUTCROP, *without]
     if options.search:
-        return [Contender(f"TRL, {name}", "trl", setting) for name, setting in SEARCH.items()]
+        return list(SEARCH)
     rivals = RIVALS[options.data, options.method] if options.trl_python else ()
     return [OUTCROP, *rivals]
 

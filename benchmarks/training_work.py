@@ -73,6 +73,9 @@ class Work:
     threads: int = 2
     output: str | None = None
     """Folder for the artifact; None for none."""
+    catalogue: Mapping[str, Any] | None = None
+    """For Outcrop: {"base_model", "hyper_parameters"}: the plan that a job with these would have,
+    whatever the settings above say; None: as they say."""
 
 
 def run_work(
