@@ -38,15 +38,19 @@ format: setup ## Format the code, and mend what the linter can mend
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: setup ## Measure start-up and latency; writes benchmarks/results/
+bench: setup ## Measure start-up, latency and training (TRL_PYTHON=... adds TRL); writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.startup
 	@$(BIN)/python -m benchmarks.get_job_latency
+	@$(BIN)/python -m benchmarks.small_job
+	@$(BIN)/python -m benchmarks.training_speed $(if $(TRL_PYTHON),--trl-python $(TRL_PYTHON))
 
 serve: setup ## Run the service in the foreground
 	@$(BIN)/outcrop serve
 
-soak: setup ## Run the randomized suites with far more examples; writes benchmarks/results/
+soak: setup ## Run the randomized suites with far more examples, and the kills; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.soak
+	@$(BIN)/python -m benchmarks.kill_matrix
+	@$(BIN)/python -m benchmarks.kill_matrix --through service
 
 lock: ## Resolve the dependencies anew and write requirements/*.txt
 	@test -x .lock-tools/bin/python || $(PYTHON) -m venv .lock-tools

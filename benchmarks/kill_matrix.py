@@ -146,8 +146,8 @@ def run_killed(
     outcome = Outcome({})
     for attempt, phase in enumerate(aims):
         seconds, count = durations(usual, phase)
-        # Among the first few, so that there are some left when the run goes on from a checkpoint.
-        which = chance.randint(1, max(1, min(3, count)))
+        # Among the first, so that the kills after it find some left: a run goes on, not anew.
+        which = chance.randint(1, max(1, min(3, count // (len(aims) + 1))))
         aim = (phase, which, chance.random() * seconds)
         events, code = run_process(page, folder, attempt, aim)
         if code == 0:

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.running import write_result
 from tests.e2e.service import TITAN, Service, new_bucket
 
-from outcrop.train.loop import folder_digest
+from outcrop.models.artifact import folder_digest
 
 TARGETS = ("attempt", "worker", "service")
 COMMANDS = {"attempt": "outcrop.jobs.attempt", "worker": "outcrop worker"}
