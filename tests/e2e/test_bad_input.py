@@ -122,6 +122,14 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"customizationType": "MAGIC"},
         ["customizationType", "MAGIC", "FINE_TUNING"],
     ),
+    "continued pre-training where it is not offered": (
+        {"customizationType": "CONTINUED_PRE_TRAINING"},
+        [COHERE.partition(":")[0], "CONTINUED_PRE_TRAINING", "FINE_TUNING"],
+    ),
+    "custom model that is not there": (
+        {"baseModelIdentifier": "no-such-model"},
+        ["The provided model identifier is invalid", "no-such-model", "ListCustomModels"],
+    ),
     "key of the customer": (
         {"customModelKmsKeyId": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/{'a' * 36}"},
         ["customModelKmsKeyId"],
@@ -153,6 +161,22 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "rate out of bounds": (
         {"hyperParameters": {**HYPER, "learningRate": "0.2"}},
         ["learningRate", "'0.2'", "5.0E-6", "0.1"],
+    ),
+    "method that is none": (
+        {"hyperParameters": {**HYPER, "method": "lora"}},
+        ["method", "'lora'", "adapter or full"],
+    ),
+    "adapter rank out of bounds": (
+        {"hyperParameters": {**HYPER, "adapterRank": "0"}},
+        ["adapterRank", "'0'", "1 to 256"],
+    ),
+    "layers that have no adapter": (
+        {"hyperParameters": {**HYPER, "adapterTargets": "q_proj,lm_head"}},
+        ["adapterTargets", "q_proj,lm_head", "down_proj"],
+    ),
+    "adapter where all weights are trained": (
+        {"hyperParameters": {**HYPER, "method": "full", "adapterAlpha": "8"}},
+        ["method is full", "adapterAlpha"],
     ),
     "bounds of another family": (
         {"baseModelIdentifier": TITAN, "hyperParameters": {**HYPER, "evalPercentage": "20"}},
