@@ -21,7 +21,8 @@ from outcrop.data.records import Example
 from outcrop.evaluate.attention import packed_attention
 from outcrop.evaluate.likelihood import num_loss_tokens, token_losses
 from outcrop.models.lora import Adapter, LoraConfig, LoraLinear, adapter_of, attach
-from outcrop.train.loop import gather_gradients
+from outcrop.train.gradients import gather_gradients
+from outcrop.train.memory import Portions
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.plan import TrainPlan
 
@@ -152,7 +153,9 @@ def test_accumulated_micro_batches_equal_one_big_batch(method: str) -> None:
     for micro_batch_tokens in (10_000, 30, 1):
         model = frozen_tiny_model()
         trainable = make_trainable(model, plan, seed=0)
-        loss, num_tokens = gather_gradients(trainable, EXAMPLES, micro_batch_tokens)
+        loss, num_tokens = gather_gradients(
+            trainable, EXAMPLES, Portions(tokens=micro_batch_tokens)
+        )
         assert num_tokens == sum(map(num_loss_tokens, EXAMPLES))
         results.append((loss, gradients(trainable)))
     (whole_loss, whole), *others = results
@@ -168,7 +171,7 @@ def test_activations_computed_twice_give_the_same_gradients(method: str) -> None
     results = []
     for kept_tokens in (10_000, 0):
         trainable = make_trainable(frozen_tiny_model(), plan, seed=0)
-        loss, _ = gather_gradients(trainable, EXAMPLES, kept_tokens=kept_tokens)
+        loss, _ = gather_gradients(trainable, EXAMPLES, Portions(kept_tokens=kept_tokens))
         results.append((loss, gradients(trainable)))
         assert not any(module.training for module in trainable.model.modules())
     (kept_loss, kept), (loss, again) = results
@@ -181,12 +184,13 @@ def test_bfloat16_model_accumulates_in_float32_masters() -> None:
     model: Any = frozen_tiny_model()
     model.to(torch.bfloat16)
     trainable = make_trainable(model, dataclasses.replace(PLAN, method="full"), seed=0)
-    gather_gradients(trainable, EXAMPLES, 30)
+    gather_gradients(trainable, EXAMPLES, Portions(tokens=30))
     assert {tensor.dtype for tensor in gradients(trainable)} == {torch.float32}
-    assert all(parameter.grad is None for parameter in trainable.live)
-    before = trainable.live[0].detach().clone()
+    live = model.model.layers[0].mlp.down_proj.weight
+    before, masters = live.detach().clone(), [master.clone() for master in trainable.masters]
     with torch.no_grad():
-        trainable.masters[0].mul_(1.0005)
+        for master in trainable.masters:
+            master.mul_(1.0005)
     trainable.apply_masters()
-    assert torch.equal(trainable.live[0], before)  # too small for bfloat16, kept in the master
-    assert not torch.equal(trainable.masters[0], before.float())
+    assert torch.equal(live, before)  # too small for bfloat16, kept in the master
+    assert not torch.equal(trainable.masters[0], masters[0])

@@ -98,11 +98,29 @@ def lay_row(examples: Sequence[Example]) -> Row:
         if end > prefix:
             row.segments.append(Segment(start, end - prefix, prefix))
         shift = start - prefix
-        row.sources.extend(
-            place - 1 if place <= prefix else place - 1 + shift for place in places
-        )
+        row.sources.extend(place - 1 if place <= prefix else place - 1 + shift for place in places)
         row.labels.extend(example.input_ids[place] for place in places)
     return row
+
+
+def gather(examples: Iterable[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """Put examples together for `lay_row`, in the order they come, up to `max_tokens` a row.
+
+    A longer example is alone; one without a token that carries loss is left out.
+    """
+    row: list[Example] = []
+    num_tokens = 0
+    for example in examples:
+        length = last_loss_place(example)
+        if not length:
+            continue
+        if row and num_tokens + length > max_tokens:
+            yield row
+            row, num_tokens = [], 0
+        row.append(example)
+        num_tokens += length
+    if row:
+        yield row
 
 
 def num_row_tokens(examples: Sequence[Example]) -> int:

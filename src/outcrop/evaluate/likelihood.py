@@ -14,14 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from outcrop.data.pack import IGNORE_INDEX, MAX_MICRO_BATCH_TOKENS, MicroBatch, pack
+from outcrop.data.pack import (
+    IGNORE_INDEX,
+    MAX_MICRO_BATCH_TOKENS,
+    MicroBatch,
+    gather,
+    lay_row,
+    pack,
+)
 from outcrop.errors import EmptyLossError, StopRequested
 from outcrop.evaluate.attention import packed_attention
+from outcrop.models.decoder import Decoder, make_decoder, row_losses
+from outcrop.models.lanes import Lanes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -61,18 +71,53 @@ def evaluate_likelihood(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
+    decoder: Decoder | None = None,
+    lanes: Lanes | None = None,
 ) -> Likelihood:
     """Return the model's loss on the examples; the model is not changed.
 
     Args:
         examples: rendered records; loss is taken where their mask says so.
         should_stop: asked before each micro-batch.
-        micro_batch_tokens: tokens of one forward pass; bounds memory.
+        micro_batch_tokens: tokens in work at the same time; bounds memory.
+        decoder: the passes over the model as it is now; None makes them where they cover it.
+        lanes: where rows are computed; None means in this thread.
     Raises:
         EmptyLossError: no token carries loss.
         StopRequested: `should_stop` answered True.
     """
+    decoder = decoder or make_decoder(model)
+    if decoder is not None:
+        lanes = lanes or Lanes(1)
+        hands = gather(examples, max(1, micro_batch_tokens // lanes.count))
+        return _mean_by_hand(decoder, list(hands), should_stop, lanes)
     return _mean(model, pack(examples, micro_batch_tokens), should_stop)
+
+
+def _mean_by_hand(
+    decoder: Decoder,
+    hands: Sequence[Sequence[Example]],
+    should_stop: Callable[[], bool],
+    lanes: Lanes,
+) -> Likelihood:
+    def check() -> None:
+        if should_stop():
+            raise StopRequested
+
+    def one(hand: Sequence[Example]) -> tuple[float, int]:
+        losses_L = row_losses(decoder, lay_row(hand), check)
+        return float(losses_L.double().sum()), losses_L.numel()
+
+    total, num_tokens = 0.0, 0
+    for first in range(0, len(hands), lanes.count):
+        check()
+        tasks = [partial(one, hand) for hand in hands[first : first + lanes.count]]
+        for loss, count in lanes.run(tasks):
+            total += loss
+            num_tokens += count
+    if num_tokens == 0:
+        raise EmptyLossError("No token of the validation data carries loss.")
+    return Likelihood(total / num_tokens, num_tokens)
 
 
 def _mean(

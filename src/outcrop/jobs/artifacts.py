@@ -55,6 +55,11 @@ def work_folder(settings: Settings, job_id: str, fence: int) -> Path:
     return job_folder(settings, job_id) / str(fence)
 
 
+def kernel_folder(settings: Settings) -> Path:
+    """Return where kernels are kept that were compiled on this machine; may be removed any time."""
+    return settings.data_dir / "cache" / "kernels"
+
+
 def checkpoint_folder(settings: Settings, job_id: str, fence: int) -> Path:
     """Return where an attempt keeps its checkpoints: nobody else writes there."""
     return work_folder(settings, job_id, fence) / "checkpoints"

@@ -104,8 +104,10 @@ def run(
     stage.begin("training")
     # Here, because it brings torch and transformers: a job that fails before does not wait for
     # them, which takes seconds, and under load many.
+    from outcrop.models.kernels import keep_kernels_in
     from outcrop.train.loop import train
 
+    keep_kernels_in(artifacts.kernel_folder(settings))
     reporter = Reporter(
         engine,
         objects,

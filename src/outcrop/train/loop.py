@@ -13,25 +13,26 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS, pack
+from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested, TrainingError
-from outcrop.evaluate.attention import packed_attention
-from outcrop.evaluate.likelihood import evaluate_likelihood, num_loss_tokens, token_losses
+from outcrop.evaluate.likelihood import evaluate_likelihood, num_loss_tokens
 from outcrop.models.artifact import folder_digest as folder_digest
 from outcrop.models.artifact import read_artifact
+from outcrop.models.kernels import are_compiled
+from outcrop.models.lanes import Lanes
 from outcrop.models.load import compute_dtype, load_base
 from outcrop.models.lora import load_adapter
 from outcrop.train.batches import describe_batch, shuffled
 from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
-from outcrop.train.memory import KEPT_TOKENS, Portions, recomputed_layers
+from outcrop.train.gradients import gather_gradients
+from outcrop.train.memory import KEPT_TOKENS, Portions
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
@@ -151,6 +152,7 @@ def train(
     torch.manual_seed(seed)
     dtype = dtype or compute_dtype()
     model, trainable = _load(plan, folder, parent, dtype, seed)
+    lanes = Lanes(threads if trainable.flat is not None else 1)
     identity = run_identity(
         *(plan, examples, validation),
         seed=seed,
@@ -158,6 +160,8 @@ def train(
         dtype=dtype,
         micro_batch_tokens=micro_batch_tokens,
         kept_tokens=kept_tokens,
+        lanes=lanes.count,
+        compiled=are_compiled(dtype),
         parent=None if parent is None else folder_digest(parent),
     )
     found = newest_checkpoint(earlier, identity)
@@ -172,9 +176,7 @@ def train(
     evaluations = evaluation_steps(steps_per_epoch, plan.batch_size, len(validation))
 
     def gather(batch: Sequence[Example], portions: Portions) -> tuple[float, int]:
-        return gather_gradients(
-            trainable, batch, portions.tokens, should_stop, portions.kept_tokens
-        )
+        return gather_gradients(trainable, batch, portions, should_stop, lanes)
 
     if found is None:
         state.portions = Portions(micro_batch_tokens, kept_tokens)
@@ -210,6 +212,8 @@ def train(
                     validation,
                     should_stop=should_stop,
                     micro_batch_tokens=portions.tokens,
+                    decoder=None if trainable.flat is None else trainable.flat.decoder,
+                    lanes=lanes,
                 ),
             )
             if not math.isfinite(likelihood.loss):
@@ -281,44 +285,3 @@ def _load(
     model = load_base(artifact.weights or folder, dtype)
     start = None if artifact.adapter is None else load_adapter(artifact.adapter)
     return model, make_trainable(model, plan, seed, start=start, whole=artifact.weights)
-
-
-def gather_gradients(
-    trainable: Trainable,
-    batch: Sequence[Example],
-    micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
-    should_stop: Callable[[], bool] = lambda: False,
-    kept_tokens: int = KEPT_TOKENS,
-) -> tuple[float, int]:
-    """Add the gradients of a batch's mean loss to the masters', micro-batch by micro-batch.
-
-    Args:
-        kept_tokens: a micro-batch of more tokens than this computes its activations twice.
-    Returns:
-        (loss, num_tokens): the mean over the batch's tokens that carry loss, in nats a token, and
-        how many those are.
-    Raises:
-        EmptyLossError: no token of the batch carries loss.
-        NonFiniteLossError: the loss is NaN or infinite.
-        StopRequested: `should_stop` answered True; it is asked before each micro-batch.
-    """
-    num_labels = sum(num_loss_tokens(example) for example in batch)
-    if num_labels == 0:
-        raise EmptyLossError("no token of its records carries loss.")
-    total = 0.0
-    with packed_attention(trainable.model):
-        for micro_batch in pack(batch, micro_batch_tokens):
-            if should_stop():
-                raise StopRequested
-            is_long = len(micro_batch.input_ids) > kept_tokens
-            with recomputed_layers(trainable.model) if is_long else nullcontext():
-                losses = token_losses(trainable.model, micro_batch)
-            if losses.numel() == 0:
-                continue
-            loss_sum = losses.sum()
-            total += float(loss_sum.detach())
-            if not math.isfinite(total):
-                raise NonFiniteLossError(f"the training loss became {total}. {NOT_FINITE_ADVICE}")
-            (loss_sum / num_labels).backward()
-            trainable.collect_gradients()
-    return total / num_labels, num_labels

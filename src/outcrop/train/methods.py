@@ -8,7 +8,7 @@ not move under an update of less than half its last place.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from outcrop.models.artifact import ADAPTER_FOLDER, copy_weights
+from outcrop.models.decoder import make_decoder
 from outcrop.models.lora import (
     Adapter,
     LoraConfig,
@@ -24,6 +25,7 @@ from outcrop.models.lora import (
     save_adapter,
     weight_changes,
 )
+from outcrop.train.flat import FlatTensors, Gradients, flatten
 from outcrop.train.plan import TrainPlan
 
 if TYPE_CHECKING:
@@ -50,6 +52,10 @@ class Trainable:
     """What the optimizer moves, float32; the same tensors where `live` is float32 already."""
     whole: Path | None = None
     """Folder of the frozen weights where they are a custom model's own, not the base's."""
+    flat: FlatTensors | None = None
+    """Where the passes are our own: then its master is the only one of `masters`."""
+    rooms: list[Gradients] = field(default_factory=list)
+    """Room for the gradients of rows; kept from step to step."""
 
     def collect_gradients(self) -> None:
         """Add the gradients of one backward pass to the masters'."""
@@ -64,6 +70,9 @@ class Trainable:
 
     def apply_masters(self) -> None:
         """Bring the forward pass's tensors to the masters' values after an optimizer step."""
+        if self.flat is not None:
+            self.flat.refresh()
+            return
         with torch.no_grad():
             for parameter, master in zip(self.live, self.masters, strict=True):
                 if master is not parameter:
@@ -86,7 +95,11 @@ class Trainable:
                 folder = folder / ADAPTER_FOLDER
             save_adapter(adapter, folder, self.plan.base_model)
             return
-        self.model.save_pretrained(folder, safe_serialization=True)
+        # Copies, because safetensors takes views into one vector for tensors that are shared.
+        tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        if self.model.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        self.model.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
         for name in TOKENIZER_FILES:
             if (base_folder / name).is_file():
                 shutil.copyfile(base_folder / name, folder / name)
@@ -113,8 +126,19 @@ def make_trainable(
     """
     if plan.method == "adapter":
         parameters = attach(model, _lora_config(plan), seed, start)
-        return Trainable(model, plan, parameters, list(parameters), whole)
+        decoder = make_decoder(model)
+        if decoder is None:
+            return Trainable(model, plan, parameters, list(parameters), whole)
+        return _flat(model, plan, flatten(decoder, "adapter", _lora_config(plan).scaling), whole)
     changes = {} if start is None else weight_changes(model, start)
+    decoder = make_decoder(model)
+    if decoder is not None:
+        flat = flatten(decoder, "full", 1.0)
+        for name, master in flat.master_weights().items():
+            if name in changes:
+                master += changes[name].to(master.device)
+        flat.refresh()
+        return _flat(model, plan, flat, None)
     model.requires_grad_(True)
     live, masters = [], []
     for name, parameter in model.named_parameters():
@@ -129,6 +153,12 @@ def make_trainable(
     if changes:
         trainable.apply_masters()
     return trainable
+
+
+def _flat(
+    model: LlamaForCausalLM, plan: TrainPlan, flat: FlatTensors, whole: Path | None
+) -> Trainable:
+    return Trainable(model, plan, [], [flat.master], whole, flat)
 
 
 def _lora_config(plan: TrainPlan) -> LoraConfig:

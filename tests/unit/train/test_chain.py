@@ -134,15 +134,16 @@ def test_an_adapter_is_merged_into_float32_masters_also_where_bfloat16_computes(
     model = load_base(folder, torch.bfloat16)
     bases = {name: tensor.detach().float() for name, tensor in model.named_parameters()}
     trainable = make_trainable(model, FULL, 0, start=adapter)
-    names = [name for name, _ in model.named_parameters()]
-    masters: dict[str, Tensor] = dict(zip(names, trainable.masters, strict=True))
+    assert trainable.flat is not None
+    masters: dict[str, Tensor] = trainable.flat.master_weights()
     for name, (a_RI, b_OR) in adapter.tensors.items():
         wanted = bases[f"{name}.weight"].double() + adapter.config.scaling * (
             b_OR.double() @ a_RI.double()
         )
         torch.testing.assert_close(masters[f"{name}.weight"].double(), wanted, rtol=1e-6, atol=1e-7)
     live = dict(model.named_parameters())
-    assert all(torch.equal(live[name], masters[name].bfloat16()) for name in names)
+    assert all(torch.equal(live[name], masters[name].bfloat16()) for name in masters)
+    assert all(torch.equal(live[name], bases[name].bfloat16()) for name in live.keys() - masters)
 
 
 def test_a_run_does_not_go_on_from_a_checkpoint_of_another_parent(

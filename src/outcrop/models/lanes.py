@@ -1,0 +1,51 @@
+"""Several rows of tokens at the same time: one thread for each, which computes alone.
+
+Threads that share out every single operation meet after each of them. Where other processes want
+the cores too, the early ones wait for the late ones hundreds of times a second, and two threads can
+be slower than one (docs/training-speed.md has the measurement). Lanes meet once a step instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Lanes:
+    """Threads that live as long as a run does."""
+
+    def __init__(self, count: int) -> None:
+        """
+        Args:
+            count: at least 1. With one lane, tasks run in the caller's thread.
+        """
+        self.count = count
+        self._pool = (
+            ThreadPoolExecutor(count, "lane", lambda: torch.set_num_threads(1))
+            if count > 1
+            else None
+        )
+
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Run at most as many tasks as there are lanes; return what they return, in their order.
+
+        A single task runs in the caller's thread, with as many threads as that has.
+
+        Raises:
+            whatever the first of the tasks that failed raised, when all have ended.
+        """
+        if self._pool is None or len(tasks) == 1:
+            return [task() for task in tasks]
+        futures = [self._pool.submit(task) for task in tasks]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
