@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,12 +183,32 @@ def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
         layer.scaling = 1.0
 
 
-def weight_changes(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+class WeightChanges(Mapping[str, Tensor]):
+    """What an adapter adds to the weights of a model.
+
+    Name of a weight, as `named_parameters` has it -> scaling * B A, float32, of shape (O, I). Each
+    is computed in float64, rounded once, and made when it is asked for: all of them together are
+    as large as the model.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._scaling = adapter.config.scaling
+        self._tensors = {f"{name}.weight": pair for name, pair in adapter.tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        a_RI, b_OR = self._tensors[name]
+        return (b_OR.double() @ a_RI.double() * self._scaling).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def weight_changes(model: nn.Module, adapter: Adapter) -> WeightChanges:
     """Return what an adapter adds to the weights of a model that has none attached.
 
-    Returns:
-        Name of a weight, as `named_parameters` has it -> scaling * B A, float32, of shape (O, I).
-        Each is computed in float64 and rounded once.
     Raises:
         ModelError: the adapter does not fit the model.
     """
@@ -198,11 +218,7 @@ def weight_changes(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in adapter.config.targets
     }
     _check_fit(adapter, linears)
-    scaling = adapter.config.scaling
-    return {
-        f"{name}.weight": (b_OR.double() @ a_RI.double() * scaling).float()
-        for name, (a_RI, b_OR) in adapter.tensors.items()
-    }
+    return WeightChanges(adapter)
 
 
 def adapter_of(model: nn.Module, config: LoraConfig) -> Adapter:
