@@ -15,8 +15,16 @@ from outcrop import errors
 from outcrop.api.operations import OPERATIONS
 from outcrop.api.s3_actions import ACTIONS
 from outcrop.cli import parser
-from outcrop.models.catalog import shipped_models
+from outcrop.models.catalog import (
+    CONTINUED_PRE_TRAINING,
+    OWN_HYPER_PARAMETERS,
+    BaseModel,
+    LoraConfig,
+    shipped_models,
+)
 from outcrop.settings import ENVIRONMENT_PREFIX, setting_fields
+from outcrop.train.own_parameters import OWN_NAMES
+from outcrop.train.plan import canonical
 from outcrop.wire.model import service_model
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -144,3 +152,27 @@ def test_every_hyperparameter_of_a_family_is_documented(family: str) -> None:
         for row in model.hyper_parameters
     }
     assert {cells[1].strip("`") for cells in documented if len(cells) > 4} == names
+
+
+def test_every_hyperparameter_of_our_own_is_documented_with_its_bounds_and_default() -> None:
+    documented = {cells[0].strip("`"): cells for cells in rows("data-formats.md")}
+    assert set(OWN_NAMES) <= set(documented)
+    for row in OWN_HYPER_PARAMETERS:
+        bounds = [canonical(bound, row.kind) for bound in (row.minimum, row.maximum)]
+        assert documented[row.name][1] == f"{row.kind}, {bounds[0]} to {bounds[1]}"
+    lora = LoraConfig()
+    assert documented["adapterRank"][2] == str(lora.rank)
+    assert (documented["adapterAlpha"][2], lora.scaling) == ("twice `adapterRank`", 2)
+    assert documented["method"][1:3] == ["`adapter`, `full`", f"`{shipped_models()[0].method}`"]
+    for layer in lora.targets:
+        assert f"`{layer}`" in documented["adapterTargets"][1]
+
+
+@pytest.mark.parametrize("model", shipped_models(), ids=lambda model: str(model.model_id))
+def test_the_families_for_continued_pre_training_are_documented(model: BaseModel) -> None:
+    text = page("data-formats.md")
+    sentence = text.split("Continued pre-training is offered for")[1].split(".")[0]
+    offered = CONTINUED_PRE_TRAINING in model.customizations
+    assert (f"`{model.family}`" in sentence) == offered
+    if offered:
+        assert f"{model.pre_training_records.max_total:,} documents" in sentence
