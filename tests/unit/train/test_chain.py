@@ -14,13 +14,13 @@ from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import write_tiny_model
 from torch import Tensor
 
-from outcrop.errors import ModelError
+from outcrop.errors import ModelError, StopRequested
 from outcrop.evaluate.likelihood import evaluate_likelihood
-from outcrop.models.artifact import read_artifact
+from outcrop.models.artifact import folder_digest, read_artifact
 from outcrop.models.load import load_base
 from outcrop.models.lora import load_adapter, set_adapter
 from outcrop.train.loop import train
-from outcrop.train.metrics import ValidationRow
+from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
 
 PLAN = TrainPlan(
@@ -165,3 +165,25 @@ def test_a_run_does_not_go_on_from_a_checkpoint_of_another_parent(
 def test_a_parent_that_is_gone_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither an adapter nor a whole model"):
         run(PLAN, folder, tmp_path / "output", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("parent", ["adapter", "full"])
+@pytest.mark.parametrize("child", ["adapter", "full"])
+def test_an_interrupted_chained_run_goes_on_to_the_same_bytes(
+    folder: Path, tmp_path: Path, parent: str, child: str
+) -> None:
+    before, _ = run(PLANS[parent], folder, tmp_path / "parent")
+    wanted, losses = run(PLANS[child], folder, tmp_path / "whole", before)
+    kept = tmp_path / "checkpoints"
+    steps: list[StepRow] = []
+    with pytest.raises(StopRequested):
+        run(
+            *(PLANS[child], folder, tmp_path / "first", before),
+            checkpoints=kept,
+            on_step=steps.append,
+            should_stop=lambda: len(steps) == 2,
+        )
+    assert list(kept.iterdir())
+    found, more = run(PLANS[child], folder, tmp_path / "second", before, earlier=[kept])
+    assert folder_digest(found) == folder_digest(wanted)
+    assert more == losses[-len(more) :]
