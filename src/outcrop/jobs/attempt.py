@@ -36,7 +36,12 @@ from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
 from outcrop.store.rows import Job
-from outcrop.train.memory import gibibytes, is_out_of_memory, peak_memory_bytes
+from outcrop.train.memory import (
+    gibibytes,
+    is_out_of_memory,
+    peak_memory_bytes,
+    spoils_the_process,
+)
 
 logger = logging.getLogger("outcrop.attempt")
 
@@ -129,6 +134,8 @@ def run_attempt(
             raise
         return _fail(engine, job_id, fence, _no_room(error))
     except (MemoryError, RuntimeError) as error:
+        if job is not None and spoils_the_process(error):
+            return _hand_over(engine, job, str(error))
         if not is_out_of_memory(error):
             raise
         allowed = memory.given(settings, job.memory_bytes) if job is not None else 0
@@ -169,6 +176,19 @@ def _no_room(error: OSError | SafetensorError) -> str:
         "not be written, and nothing was published. Free some space in the data directory and "
         "create the job again."
     )
+
+
+def _hand_over(engine: Engine, job: Job, error: str) -> int:
+    """Let another process go on from the last checkpoint, in smaller portions."""
+    cuts = int(job.run_plan.get(memory.MEMORY_CUTS, 0)) + 1
+    reason = f"Memory ran out where this process cannot go on, but a new one can: {error}"
+    with transaction(engine) as connection:
+        now = jobs.get_job_by_id(connection, job.id)
+        assert now is not None
+        plan = {**now.run_plan, memory.MEMORY_CUTS: cuts}
+        jobs.requeue(connection, job.id, job.fence, reason, run_plan=plan)
+    logger.warning("%s", reason)
+    return 0
 
 
 def _no_memory(error: BaseException, allowed: int) -> str:

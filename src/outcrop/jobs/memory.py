@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
 MEMORY_FOR_THE_REST = 2 << 30
 """Bytes left to the gateway, the object store and a model server."""
+MEMORY_KILLS = "memoryKills"
+"""In a job's run plan: how often the system ended an attempt for its memory."""
 MEMORY_CUTS = "memoryCuts"
-"""In a job's run plan: how often an attempt was ended for its memory."""
+"""In a job's run plan: how often portions are to be made smaller because of such ends."""
 OOM_SCORE = 500
 """Added to an attempt's score, so that the kernel ends it and not the database or the gateway."""
 KEPT_STEP = 128

@@ -198,14 +198,19 @@ class Worker:
             f"allowed {gibibytes(memory.given(self.settings, job.memory_bytes))}, and the machine "
             f"has {gibibytes(memory.machine_memory())}."
         )
-        cuts = int(job.run_plan.get(memory.MEMORY_CUTS, 0))
-        if not cuts:
+        kills = int(job.run_plan.get(memory.MEMORY_KILLS, 0))
+        if not kills:
+            cuts = int(job.run_plan.get(memory.MEMORY_CUTS, 0))
             return jobs.requeue(
                 connection,
                 *(job.id, job.fence),
                 f"{reason} The system ended it for its memory: {figures} The next attempt computes "
                 f"half as many tokens at a time.{said}",
-                run_plan={**job.run_plan, memory.MEMORY_CUTS: 1},
+                run_plan={
+                    **job.run_plan,
+                    memory.MEMORY_KILLS: kills + 1,
+                    memory.MEMORY_CUTS: cuts + 1,
+                },
             )
         return jobs.fail_job(
             connection,

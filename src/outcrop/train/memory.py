@@ -10,6 +10,7 @@ Importing this module loads no torch: the queue asks it before a job begins.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 import resource
@@ -50,6 +51,16 @@ _FULL = re.compile(
     re.IGNORECASE,
 )
 
+_PAGE_BYTES = resource.getpagesize()
+KERNEL_BYTES = 64 << 20
+"""Of the bound that are left to oneDNN's kernels, a sixteenth of a small one."""
+_NO_PRIMITIVE = re.compile(r"could not (create|execute) a primitive")
+"""What is left of oneDNN's error when it had no memory for a kernel that it writes at run time."""
+_bound: int | None = None
+"""What `bounded_memory` has set for this process."""
+NEAR_THE_BOUND = 0.75
+"""With such a share of the bound in use, oneDNN's error is taken for want of memory."""
+
 
 @dataclass(frozen=True)
 class Portions:
@@ -78,7 +89,8 @@ class Portions:
             return None
         lengths = max(costs)[1]
         if len(lengths) > 1:
-            return Portions(max(1, sum(lengths) // 2), self.kept_tokens)
+            # What records have in common may be laid only once: their sum may be above the bound.
+            return Portions(max(1, min(sum(lengths), self.tokens) // 2), self.kept_tokens)
         return Portions(self.tokens, lengths[0] - 1)
 
     def described(self) -> dict[str, int]:
@@ -96,12 +108,78 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _FULL.search(str(error)) is not None
 
 
+def spoils_the_process(error: BaseException) -> bool:
+    """Return whether an error says that oneDNN could not write a kernel for want of memory: then it
+    writes none any more in this thread, so another process has to go on.
+
+    Ask while the error is being handled: what the failed computation holds is part of the evidence.
+
+    Source: Xbyak, which oneDNN writes kernels with, remembers its error for each thread, and oneDNN
+    does not clear it (seen with oneDNN 3.12, and that later kernels fail with memory to spare).
+    """
+    if not isinstance(error, RuntimeError) or _NO_PRIMITIVE.search(str(error)) is None:
+        return False
+    bound = bound_bytes()
+    return bound is not None and held_bytes() >= NEAR_THE_BOUND * bound
+
+
+def check_room() -> None:
+    """Refuse memory before the bound does, so that what is left suffices for oneDNN's kernels.
+
+    Takes some microseconds; meant to be called between layers.
+
+    Raises:
+        MemoryError: there is a bound, and less than KERNEL_BYTES are left.
+    """
+    if _bound is None:
+        return
+    bound, held = bound_bytes(), held_bytes()
+    if bound is not None and held > bound - min(KERNEL_BYTES, _bound // 16):
+        raise MemoryError(f"{gibibytes(held)} of {gibibytes(bound)} are in use")
+
+
 def give_memory_back() -> None:
-    """Let go of what nothing refers to any more, also in torch's store of GPU memory."""
+    """Let go of what nothing refers to any more, also in torch's store of GPU memory.
+
+    What the C library keeps in scattered pieces for its next allocations is not resident any more
+    then, but still counts against the bound, and is of no use to whoever asks the system itself, as
+    oneDNN does for each new kernel. So the bound is moved out by as much.
+    """
     gc.collect()
+    if _bound is not None:
+        free = _trim()
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        room = _bound + free if hard == resource.RLIM_INFINITY else min(_bound + free, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (room, hard))
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+class _MallInfo(ctypes.Structure):
+    """The C library's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _trim() -> int:
+    """Have the C library give free memory back, and return how many bytes it could only empty.
+
+    Source: malloc_trim(3) and mallinfo(3) of glibc; 0 with another C library.
+    """
+    library = ctypes.CDLL(None)
+    try:
+        library.mallinfo2.restype = _MallInfo
+        library.malloc_trim(0)
+        return int(library.mallinfo2().fordblks)
+    except AttributeError:
+        return 0
 
 
 @contextmanager
@@ -113,10 +191,10 @@ def bounded_memory(num_bytes: int, threads: int = 0) -> Iterator[None]:
     there: what was foretold decides alone. The memory of a GPU is not bounded by this.
 
     Args:
-        threads: that torch will compute with. They are started before, because a thread that cannot
-            be started ends the process.
+        threads: that torch will compute with; they are started before.
     Source: getrlimit(2), RLIMIT_DATA: since Linux 4.7 it also holds for private writable mmap.
     """
+    global _bound
     if sys.platform != "linux":
         yield
         return
@@ -124,16 +202,34 @@ def bounded_memory(num_bytes: int, threads: int = 0) -> Iterator[None]:
 
     if threads:
         torch.set_num_threads(threads)
-    torch.ones(1 << 20).sum()  # large enough to be shared out among the threads
+    _warm_up()
     before = resource.getrlimit(resource.RLIMIT_DATA)
     bound = held_bytes() + num_bytes
     if before[1] != resource.RLIM_INFINITY:
         bound = min(bound, before[1])
+    _bound = bound
     resource.setrlimit(resource.RLIMIT_DATA, (bound, before[1]))
     try:
         yield
     finally:
+        _bound = None
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _warm_up() -> None:
+    """Have torch make what cannot be made later: its threads, because one that cannot be started
+    ends the process, and oneDNN's general kernels, because one that could not be written once is
+    not tried again.
+    """
+    import torch
+
+    torch.ones(1 << 20).sum()  # large enough to be shared out among the threads
+    for dtype in (torch.float32, torch.bfloat16):
+        square = torch.ones(192, 192, dtype=dtype)
+        for left in (square, square.t()):
+            for right in (square, square.t()):
+                torch.addmm(square, left, right)
+                torch.bmm(left[None], right[None])
 
 
 def held_bytes() -> int:
@@ -141,10 +237,11 @@ def held_bytes() -> int:
 
     0 where the system does not say.
     """
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123 - it is quicker
+            return int(stream.read().split()[5]) * _PAGE_BYTES
+    except FileNotFoundError:
         return 0
-    return int(status.read_text(encoding="ascii").split("VmData:")[1].split()[0]) * 1024
 
 
 def bound_bytes() -> int | None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from outcrop.data.pack import pack
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, OutOfMemoryError
 from outcrop.evaluate.likelihood import perplexity
@@ -61,6 +60,8 @@ OUT_OF_MEMORY_ADVICE = (
 Gather = Callable[[Sequence[Example], Portions], tuple[float, int]]
 """Adds the gradients of a batch's mean loss to the masters'; returns the loss and the number of
 tokens that carry it."""
+Lay = Callable[[Sequence[Example], Portions], list[list[int]]]
+"""Returns the lengths of the records in each micro-batch that records are cut into."""
 
 
 class Run:
@@ -73,6 +74,7 @@ class Run:
         state: RunState,
         total_steps: int,
         gather: Gather,
+        lay: Lay,
         on_portions: Callable[[Portions, str], None],
     ) -> None:
         """
@@ -83,7 +85,7 @@ class Run:
         self._state = state
         self._plan = plan
         self._trainable = trainable
-        self._gather, self._on_portions = gather, on_portions
+        self._gather, self._lay, self._on_portions = gather, lay, on_portions
         self._optimizer = torch.optim.AdamW(
             trainable.masters,
             lr=plan.learning_rate,
@@ -164,11 +166,11 @@ class Run:
             OutOfMemoryError: they are the smallest already.
         """
         before = self._state.portions
-        micro_batches = [batch.lengths for batch in pack(records, before.tokens)]
+        micro_batches = self._lay(records, before)
         portions = before.smaller(micro_batches)
         longest = max(map(sum, micro_batches))
         if portions is None:
-            raise OutOfMemoryError(self._too_small(longest, records, refused))
+            raise OutOfMemoryError(self._too_small(records, refused))
         self._state.portions = portions
         message = (
             f"Step {self._state.steps} did not fit into memory and is computed in smaller "
@@ -233,7 +235,8 @@ class Run:
         self._trainable.drop_gradients()
         return rate
 
-    def _too_small(self, longest: int, records: Sequence[Example], refused: str) -> str:
+    def _too_small(self, records: Sequence[Example], refused: str) -> str:
+        longest = max(len(example.input_ids) for example in records)
         shape = ModelShape.of(self._trainable.model.config.to_dict())
         with_loss = max(sum(example.loss_mask) for example in records)
         needed = predict_memory(
