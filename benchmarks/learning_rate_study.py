@@ -6,6 +6,9 @@
 `run` trains one model for each data set and rate on the same records in the same order, scores it
 on the validation records only, and appends one line of JSON to WORK/runs.jsonl; a run that is
 there already is not repeated. `report` prints the tables and draws the curves.
+
+A set whose name begins with `cpt-` is raw text for continued pre-training. It has no validation
+file: documents that were not drawn for training are.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from typing import Any
 import torch
 from benchmarks.greedy import greedy_answers
 
-from outcrop.data.records import Example, Message
+from outcrop.data.documents import render_document
+from outcrop.data.records import Document, Example, Message
 from outcrop.data.render import Renderer
 from outcrop.evaluate.generation import exact_match, rouge_l, words
 from outcrop.models.load import load_base
@@ -38,6 +42,8 @@ RATES = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 WARMUP_STEPS = 5
 SEED = 0
 ANSWER_TOKENS = 128
+DOCUMENT_TOKENS = 4096
+"""Titan Text's limit at batch 1."""
 
 
 def main() -> None:
@@ -98,10 +104,13 @@ def run_all(arguments: argparse.Namespace) -> None:
 def run_one(arguments: argparse.Namespace, name: str, rate: float) -> dict[str, Any]:
     """Train one model and return its scores on the validation records."""
     renderer = Renderer(arguments.weights)
-    training = read_rows(arguments.data / f"{name}-train.jsonl", arguments.records)
-    validation = read_rows(
-        arguments.data / f"{name}-validation.jsonl", arguments.validation_records
-    )
+    num_training, num_validation = arguments.records, arguments.validation_records
+    if name.startswith("cpt-"):
+        rows = read_rows(arguments.data / f"{name}.jsonl", num_training + num_validation)
+        training, validation = rows[:num_training], rows[num_training:]
+    else:
+        training = read_rows(arguments.data / f"{name}-train.jsonl", num_training)
+        validation = read_rows(arguments.data / f"{name}-validation.jsonl", num_validation)
     plan = TrainPlan(
         base_model=arguments.weights.name,
         method=arguments.method,
@@ -123,8 +132,8 @@ def run_one(arguments: argparse.Namespace, name: str, rate: float) -> dict[str, 
     result = train(
         plan,
         arguments.weights,
-        [example(renderer, row) for row in training],
-        [example(renderer, row) for row in validation],
+        [example for row in training for example in examples(renderer, row)],
+        [example for row in validation for example in examples(renderer, row)],
         output,
         on_validation=losses.append,
         seed=arguments.seed,
@@ -182,11 +191,12 @@ def read_rows(file: Path, num_records: int) -> list[dict[str, str]]:
     return random.Random(SEED).sample(rows, min(num_records, len(rows)))
 
 
-def example(renderer: Renderer, row: dict[str, str]) -> Example:
-    """Render one record as the service does."""
-    return renderer.render_example(
-        (Message("user", row["prompt"]), Message("assistant", row["completion"]))
-    )
+def examples(renderer: Renderer, row: dict[str, str]) -> list[Example]:
+    """Render one record, or one document, as the service does."""
+    if "input" in row:
+        return render_document(Document(row["input"], "", 0), renderer.tokenizer, DOCUMENT_TOKENS)
+    messages = (Message("user", row["prompt"]), Message("assistant", row["completion"]))
+    return [renderer.render_example(messages)]
 
 
 def read_runs(work: Path) -> list[dict[str, Any]]:
