@@ -6,6 +6,7 @@ in the files is checked by the job's validation stage.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from sqlalchemy import Connection
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import CUSTOM_MODEL, JOB, find
-from outcrop.errors import ConflictException, ValidationException
+from outcrop.errors import ConflictException, ModelError, ValidationException
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, customization_job_arn, foundation_model_arn, new_id
 from outcrop.jobs.parents import describe_parent, plan_parent
@@ -31,6 +32,7 @@ from outcrop.jobs.places import (
 from outcrop.jobs.queue import job_needs
 from outcrop.jobs.states import statuses_of, wire_status
 from outcrop.models.catalog import CONTINUED_PRE_TRAINING, FINE_TUNING, BaseModel
+from outcrop.models.weights import weights_folder
 from outcrop.store import jobs, models, tags
 from outcrop.store.database import lock_account, transaction
 from outcrop.store.rows import CustomModel, Job, NewJob
@@ -89,7 +91,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         "customizationType": params.get("customizationType", FINE_TUNING),
         "baseModelId": base.model_id,
         # An id can be given to other weights later; what is trained stays bound to these.
-        "weights": base.weights if parent is None else parent.spec["weights"],
+        "weights": base.weights,
         "baseModelArn": root_arn if parent is None else parent.arn,
         "foundationModelArn": root_arn,
         "customModelId": new_id(),
@@ -241,7 +243,8 @@ def _starting_point(
 ) -> tuple[BaseModel, CustomModel | None]:
     """Return the base model that is named, or the custom model and the base model at its root.
 
-    A custom model is named by its ARN, by its name, or by an ARN that ends in its name.
+    A custom model is named by its ARN, by its name, or by an ARN that ends in its name. Its root
+    has the weights that it was made from, also if the id stands for others by now.
 
     Raises:
         AccessDeniedException: the caller may not start from that custom model.
@@ -265,7 +268,13 @@ def _starting_point(
             f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue any "
             "more. Add it again with `outcrop models add`."
         )
-    return base, custom
+    try:
+        weights_folder(context.services.settings, custom.spec["weights"])
+    except ModelError as error:
+        raise ValidationException(
+            f"The base weights of the custom model {custom.name} are not there any more. {error}"
+        ) from error
+    return replace(base, weights=custom.spec["weights"]), custom
 
 
 def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from outcrop.identity import accounts
 from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, role_arn
 from outcrop.jobs import gc
+from outcrop.models.catalog import Catalog
+from outcrop.models.weights import SHIPPED_KEY
 from outcrop.objects.client import ObjectInfo
 from outcrop.store import jobs, models
 from outcrop.store.database import transaction
@@ -72,7 +75,7 @@ def publish(services: Services) -> Callable[..., NewCustomModel]:
 def spec(**fields: Any) -> dict[str, Any]:
     """What the job that made a model leaves in its row."""
     places = {name: REQUEST[name] for name in ("trainingDataConfig", "outputDataConfig")}
-    return {"weights": "weights-of-then", **places, **fields}
+    return {"weights": SHIPPED_KEY, **places, **fields}
 
 
 def create(context: Context, **changes: Any) -> dict[str, Any]:
@@ -166,8 +169,21 @@ def test_a_custom_model_is_a_base_by_each_of_its_names(
     assert listed["baseModelArn"] == parent.arn
     found = spec_of(services, made["jobArn"])
     assert found["foundationModelArn"] == BASE_ARN
-    assert found["weights"] == "weights-of-then", "what the parent was trained on, not today's"
     assert found["parent"]["artifactPath"] == parent.artifact_path
+
+
+def test_a_chained_job_has_the_weights_that_its_parent_was_made_from(
+    services: Services, context: Context, publish: Callable[..., NewCustomModel]
+) -> None:
+    publish("parent")
+    others = tuple(replace(base, weights="others-of-today") for base in services.catalog.models)
+    caller = context(CREATE)
+    caller = replace(caller, services=replace(services, catalog=Catalog(others)))
+    arn = customization_jobs.create(caller, {**REQUEST, "baseModelIdentifier": "parent"})["jobArn"]
+    assert spec_of(services, arn)["weights"] == SHIPPED_KEY
+    publish("orphan", spec=spec(weights="gone"))
+    with pytest.raises(ValidationException, match="base weights of the custom model orphan are"):
+        create(context, baseModelIdentifier="orphan", jobName="b", customModelName="b")
 
 
 def test_the_parents_adapter_bounds_the_childs(
