@@ -206,6 +206,124 @@ def test_a_stop_takes_at_most_five_seconds_with_the_real_intervals(service: Serv
     assert now - 1000 <= 5
 
 
+class Kernel:
+    """Counts the processes that it ended for memory; starts attempts, and ends them."""
+
+    def __init__(self, service: Service, *, keeps_count: bool = True) -> None:
+        self.now = 1000.0
+        self.kills: int | None = 7 if keeps_count else None
+        self.started: list[Deaf] = []
+        self.worker = Worker(
+            *(service.settings, service.engine, "w", self),
+            clock=lambda: self.now,
+            oom_kills=lambda: self.kills,
+        )
+
+    def submit(self, job: Job) -> Deaf:
+        self.started.append(Deaf())
+        return self.started[-1]
+
+    def tick(self) -> None:
+        self.now += POLL_SECONDS
+        self.worker.tick()
+
+    def kill(self, *, for_memory: bool) -> None:
+        if for_memory and self.kills is not None:
+            self.kills += 1
+        self.started[-1].kill()
+
+
+def last_event(service: Service, job: Job, type: str) -> str:
+    with service.engine.connect() as connection:
+        return events.last_message(connection, job.id, type)
+
+
+def test_a_job_that_the_kernel_ends_for_memory_is_tried_once_in_smaller_portions(
+    service: Service,
+) -> None:
+    job = service.create("a", "is deaf")
+    kernel = Kernel(service)
+    kernel.tick()
+    running = service.job(job)
+    with transaction(service.engine) as connection:
+        jobs.record_run_plan(connection, job.id, running.fence, {"portions": {"tokens": 512}})
+        jobs.record_progress(connection, job.id, running.fence, {"peakMemoryBytes": 3 << 30})
+    kernel.kill(for_memory=True)
+    kernel.tick()
+
+    second = service.job(job)
+    assert (second.status, second.attempts, second.lost_attempts) == ("running", 2, 1)
+    assert second.run_plan == {"portions": {"tokens": 512}, "memoryKills": 1, "memoryCuts": 1}
+    said = last_event(service, job, "Requeued")
+    for text in ("SIGKILL", "ended it for its memory", "3.00 GiB", "half as many tokens"):
+        assert text in said
+
+    kernel.kill(for_memory=True)
+    kernel.tick()
+    failed = service.job(job)
+    assert failed.status == "failed"
+    for text in ("the second time", "its peak", "allowed", "the machine has", "Nothing was"):
+        assert text in str(failed.failure_message)
+    assert len(kernel.started) == 2
+
+
+@pytest.mark.parametrize("keeps_count", [True, False])
+def test_a_kill_for_another_reason_changes_no_portions(service: Service, keeps_count: bool) -> None:
+    job = service.create("a", "is deaf")
+    kernel = Kernel(service, keeps_count=keeps_count)
+    for _ in range(2):
+        kernel.tick()
+        kernel.kill(for_memory=False)
+    kernel.tick()
+    third = service.job(job)
+    assert (third.status, third.attempts, third.run_plan) == ("running", 3, {})
+    assert "memory" not in last_event(service, job, "Requeued")
+
+
+def test_a_kill_long_after_the_kernel_ended_something_else_changes_no_portions(
+    service: Service,
+) -> None:
+    job = service.create("a", "is deaf")
+    kernel = Kernel(service)
+    kernel.tick()
+    assert kernel.kills is not None
+    kernel.kills += 1  # some other program
+    kernel.tick()
+    kernel.now += 60
+    kernel.tick()
+    kernel.kill(for_memory=False)
+    kernel.tick()
+    assert (service.job(job).attempts, service.job(job).run_plan) == (2, {})
+
+
+def test_where_no_kills_are_counted_a_process_at_its_bound_died_of_memory(
+    service: Service,
+) -> None:
+    job = service.create("a", "is deaf")
+    kernel = Kernel(service, keeps_count=False)
+    kernel.tick()
+    running = service.job(job)
+    with transaction(service.engine) as connection:
+        jobs.record_progress(connection, job.id, running.fence, {"peakMemoryBytes": 1 << 60})
+    kernel.kill(for_memory=True)
+    kernel.tick()
+    assert service.job(job).run_plan == {"memoryKills": 1, "memoryCuts": 1}
+
+
+def test_a_stop_that_had_to_kill_does_not_count_as_out_of_memory(service: Service) -> None:
+    job = service.create("a", "is deaf")
+    kernel = Kernel(service)
+    kernel.tick()
+    service.stop(job)
+    kernel.tick()
+    assert kernel.kills is not None
+    kernel.kills += 1
+    kernel.now += 5
+    kernel.tick()
+    kernel.tick()
+    assert (service.job(job).status, service.job(job).run_plan) == ("stopped", {})
+
+
 def test_stopping_job_of_a_dead_worker_is_stopped_without_being_run(service: Service) -> None:
     job = service.create("a", "completes")
     with transaction(service.engine) as connection:
@@ -224,7 +342,7 @@ def test_job_whose_attempts_keep_dying_is_failed_and_the_queue_goes_on(service: 
     assert service.await_status(good, "completed", "failed").status == "completed"
     assert len(service.starts(poison)) == 3
     assert failed.failure_message is not None
-    for text in ("tried 3 times", "SIGKILL", "memory", "the data made it die"):
+    for text in ("tried 3 times", "SIGKILL", "the data made it die"):
         assert text in failed.failure_message
 
 

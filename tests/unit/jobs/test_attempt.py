@@ -29,6 +29,7 @@ from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job
+from outcrop.train import memory as memory_of_training
 
 
 def held(engine: Engine) -> Job:
@@ -92,6 +93,35 @@ def test_what_another_attempt_may_survive_leaves_the_row_to_the_worker(
     with pytest.raises(type(error)):  # so the process ends with another code than 0
         attempt(engine, job, error)
     assert as_it_stands(engine, job) == job
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_memory_that_is_refused_outside_of_a_step_fails_the_job_with_the_figures(
+    engine: Engine, error: Exception
+) -> None:
+    job = held(engine)
+    assert attempt(engine, job, error) == 0
+    failed = as_it_stands(engine, job)
+    assert failed.status == "failed"
+    for text in ("allowed 4.00 GiB", "its peak was", "the machine has", "Nothing was published"):
+        assert text in str(failed.failure_message)
+
+
+def test_a_process_that_memory_has_spoilt_hands_its_job_over(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_of_training, "bound_bytes", lambda: 1)
+    job = held(engine)
+    assert attempt(engine, job, RuntimeError("could not create a primitive")) == 0
+    waiting = as_it_stands(engine, job)
+    assert (waiting.status, waiting.lost_attempts) == ("queued", 1)
+    assert waiting.run_plan == {"memoryCuts": 1}
 
 
 def test_stop_by_the_owner_ends_the_job(engine: Engine) -> None:
