@@ -269,7 +269,7 @@ def _family(
             context_tokens=real["context_tokens"],
             bedrock_output_tokens=entry["max_output_tokens"],
             data_formats=tuple(table["data_formats"]),
-            customizations=tuple(table["customizations"]),
+            customizations=tuple(entry.get("customizations", table["customizations"])),
             hyper_parameters=tuple(_hyper_parameters(table, entry)),
             records=RecordQuota(**{**table["records"], **entry.get("records", {})}),
             token_limits=tuple(TokenLimit(**row) for row in entry["token_limits"]),

@@ -22,6 +22,7 @@ MODELS = shipped_models()
 PUBLISHED = {
     "amazon.titan-text-express-v1": "amazon.titan-text-express-v1:0:8k",
     "amazon.titan-text-lite-v1": "amazon.titan-text-lite-v1:0:4k",
+    "amazon.titan-text-premier-v1:0": "amazon.titan-text-premier-v1:0",
     "cohere.command-light-text-v14": "cohere.command-light-text-v14:7:4k",
     "cohere.command-text-v14": "cohere.command-text-v14:7:4k",
     "meta.llama2-13b-v1": "meta.llama2-13b-v1:0:4k",
@@ -151,7 +152,8 @@ def test_the_families_that_bedrock_names_can_be_pre_trained_further() -> None:
     able = {base.family for base in MODELS if "CONTINUED_PRE_TRAINING" in base.customizations}
     assert able == {"titan-text", "smollm2"}
     for base in MODELS:
-        if base.family not in able:
+        if "CONTINUED_PRE_TRAINING" not in base.customizations:
+            assert base.family not in able or "premier" in base.model_id
             continue
         assert base.formats("CONTINUED_PRE_TRAINING") == (DOCUMENTS,)
         assert base.formats("FINE_TUNING") == base.data_formats
@@ -183,6 +185,12 @@ def test_bounds_are_those_that_bedrock_documents(data_dir: Path) -> None:
         "batchSize": (1, 64, 1),
         "learningRate": (0, 1, 1e-5),
         "learningRateWarmupSteps": (0, 250, 5),
+    }
+    assert table("amazon.titan-text-premier-v1:0") == {
+        "epochCount": (1, 5, 2),
+        "batchSize": (1, 1, 1),
+        "learningRate": (1e-7, 1e-5, 1e-6),
+        "learningRateWarmupSteps": (0, 20, 5),
     }
     light = {
         "epochCount": (1, 100, 1),
