@@ -60,6 +60,11 @@ def kernel_folder(settings: Settings) -> Path:
     return settings.data_dir / "cache" / "kernels"
 
 
+def thread_plan_folder(settings: Settings) -> Path:
+    """Return where it is kept how models use this machine's cores best; may be removed any time."""
+    return settings.data_dir / "cache" / "threads"
+
+
 def checkpoint_folder(settings: Settings, job_id: str, fence: int) -> Path:
     """Return where an attempt keeps its checkpoints: nobody else writes there."""
     return work_folder(settings, job_id, fence) / "checkpoints"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,12 @@ from outcrop.train.plan import TrainPlan, make_plan
 
 if TYPE_CHECKING:
     from outcrop.train.loop import TrainResult
+    from outcrop.train.tuning import ThreadPlan
 
 logger = logging.getLogger("outcrop.attempt")
+
+THREADS = "threads"
+"""In a job's run plan: how its cores are used."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def run(
     # them, which takes seconds, and under load many.
     from outcrop.models.kernels import keep_kernels_in
     from outcrop.train.loop import train
+    from outcrop.train.tuning import ThreadPlan
 
     keep_kernels_in(artifacts.kernel_folder(settings))
     reporter = Reporter(
@@ -117,6 +123,7 @@ def run(
         num_epochs=plan.num_epochs,
     )
     work = artifacts.work_folder(settings, job.id, job.fence)
+    recorded = job.run_plan.get(THREADS)
     with bounded_memory(memory.given(settings, job.memory_bytes), job.cores):
         result = train(
             plan,
@@ -134,6 +141,9 @@ def run(
             micro_batch_tokens=portions.tokens,
             kept_tokens=portions.kept_tokens,
             cuts=int(job.run_plan.get(memory.MEMORY_CUTS, 0)),
+            thread_plan=ThreadPlan(**recorded) if recorded else None,
+            thread_plans=artifacts.thread_plan_folder(settings),
+            on_thread_plan=partial(_record_threads, engine, job),
             checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),
             checkpoint_seconds=settings.checkpoint_seconds,
             earlier=artifacts.earlier_checkpoint_folders(settings, job.id, job.fence),
@@ -259,6 +269,21 @@ def _settle(
         if not jobs.record_run_plan(connection, job.id, job.fence, run_plan):
             raise LeaseLost
     return portions
+
+
+def _record_threads(engine: Engine, job: Job, plan: ThreadPlan) -> None:
+    """Note how the job uses its cores, so that another attempt does it alike.
+
+    Raises:
+        LeaseLost: another attempt holds the job.
+    """
+    with transaction(engine) as connection:
+        now = jobs.get_job_by_id(connection, job.id)
+        if now is None:
+            raise LeaseLost
+        run_plan = {**now.run_plan, THREADS: asdict(plan)}
+        if not jobs.record_run_plan(connection, job.id, job.fence, run_plan):
+            raise LeaseLost
 
 
 def _publish(

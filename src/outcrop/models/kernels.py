@@ -430,7 +430,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     source = (resources.files("outcrop.models") / "kernels.c").read_bytes()
     flags = (*FLAGS, *TYPES[dtype])
-    key = hashlib.sha256(source + repr((flags, _processor(), compiler)).encode()).hexdigest()[:20]
+    key = hashlib.sha256(source + repr((flags, processor(), compiler)).encode()).hexdigest()[:20]
     file = folder / f"kernels-{key}.so"
     try:
         if not file.is_file():
@@ -476,7 +476,7 @@ def _share_openmp() -> None:
         ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return what decides which machine code runs here."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()

@@ -25,11 +25,6 @@ from outcrop.train.memory import Portions, recomputed_layers
 from outcrop.train.methods import Trainable
 from outcrop.train.run import NOT_FINITE_ADVICE
 
-LARGEST_HAND = 0.62
-"""Of the tokens of a step that go through several lanes. Where one lane gets more, for instance
-because a batch is a single record, all threads compute together, which is 1.6 times as fast as one.
-"""
-
 
 def gather_gradients(
     trainable: Trainable,
@@ -65,14 +60,13 @@ def gather_gradients(
     return total / num_labels, num_labels
 
 
-def waves(
-    batch: Sequence[Example], portions: Portions, num_lanes: int
-) -> list[list[list[Example]]]:
+def waves(batch: Sequence[Example], portions: Portions, lanes: Lanes) -> list[list[list[Example]]]:
     """Cut a batch into waves of hands: the hands of a wave are rows in work at the same time.
 
     Records without a token that carries loss are left out. A record too long for a lane is a wave
     of its own, and so is what cannot be dealt evenly: all threads then compute on one row.
     """
+    num_lanes = lanes.count
     limit = max(1, portions.tokens // num_lanes)
     useful = [example for example in batch if last_loss_place(example)]
     long = [example for example in useful if last_loss_place(example) > limit]
@@ -87,11 +81,23 @@ def waves(
         if max(costs) <= limit:
             break
         num_waves += 1
-    if num_waves == 1 and max(costs) > LARGEST_HAND * sum(costs):
+    if num_waves == 1 and max(costs) > lanes.largest_share * sum(costs):
         return [*found, [short]]
     return [
         *found,
         *(hands[place : place + num_lanes] for place in range(0, len(hands), num_lanes)),
+    ]
+
+
+def micro_batches(
+    trainable: Trainable, batch: Sequence[Example], portions: Portions, lanes: Lanes
+) -> list[list[int]]:
+    """Return the tokens of the records that are in work at the same time, for each such time."""
+    if trainable.flat is None:
+        return [micro_batch.lengths for micro_batch in pack(batch, portions.tokens)]
+    return [
+        [last_loss_place(example) for hand in wave for example in hand]
+        for wave in waves(batch, portions, lanes)
     ]
 
 
@@ -117,7 +123,7 @@ def _by_hand(
         )
         return float(losses.double().sum())
 
-    for wave in waves(batch, portions, lanes.count):
+    for wave in waves(batch, portions, lanes):
         check()
         rows = [lay_row(hand) for hand in wave]
         is_kept = sum(len(row.input_ids) for row in rows) <= portions.kept_tokens

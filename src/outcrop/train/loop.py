@@ -31,8 +31,8 @@ from outcrop.models.load import compute_dtype, load_base
 from outcrop.models.lora import load_adapter
 from outcrop.train.batches import describe_batch, shuffled
 from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
-from outcrop.train.gradients import gather_gradients
-from outcrop.train.memory import KEPT_TOKENS, Portions
+from outcrop.train.gradients import gather_gradients, micro_batches
+from outcrop.train.memory import KEPT_TOKENS, Portions, check_room
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
@@ -47,6 +47,7 @@ from outcrop.train.stopping import (
     watch,
 )
 from outcrop.train.threads import available_cores
+from outcrop.train.tuning import ThreadPlan, assumed_threads, choose_threads
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -100,6 +101,9 @@ def train(
     micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
     kept_tokens: int = KEPT_TOKENS,
     cuts: int = 0,
+    thread_plan: ThreadPlan | None = None,
+    thread_plans: Path | None = None,
+    on_thread_plan: Callable[[ThreadPlan], None] = lambda plan: None,
     checkpoints: Path | None = None,
     checkpoint_seconds: float = 30.0,
     earlier: Sequence[Path] = (),
@@ -127,6 +131,11 @@ def train(
             until `should_stop` is heard; but for rounding it does not change the result.
         kept_tokens: a micro-batch of more tokens than this computes its activations twice.
         cuts: how often an earlier try was ended for its memory; portions are made smaller as often.
+        thread_plan: how the cores are used, as an earlier try used them; None takes the one that is
+            kept for this machine and model, or measures it.
+        thread_plans: folder where measured plans are kept; None measures nothing, so that the plan
+            depends on the number of threads alone.
+        on_thread_plan: called with the plan in use before the first step.
         checkpoints: folder that receives the run's state now and then, and when it is stopped;
             None for no checkpoints.
         checkpoint_seconds: least time between two of them; it grows so that writing them takes a
@@ -152,7 +161,14 @@ def train(
     torch.manual_seed(seed)
     dtype = dtype or compute_dtype()
     model, trainable = _load(plan, folder, parent, dtype, seed)
-    lanes = Lanes(threads if trainable.flat is not None else 1)
+    if thread_plan is None:
+        if threads == 1 or thread_plans is None:
+            thread_plan = assumed_threads(threads, has_lanes=trainable.flat is not None)
+        else:
+            thread_plan = choose_threads(trainable, threads, thread_plans)
+    on_thread_plan(thread_plan)
+    torch.set_num_threads(thread_plan.row_threads)
+    lanes = Lanes(thread_plan.lanes, thread_plan.largest_share)
     identity = run_identity(
         *(plan, examples, validation),
         seed=seed,
@@ -160,7 +176,7 @@ def train(
         dtype=dtype,
         micro_batch_tokens=micro_batch_tokens,
         kept_tokens=kept_tokens,
-        lanes=lanes.count,
+        thread_plan=thread_plan,
         compiled=are_compiled(dtype),
         parent=None if parent is None else folder_digest(parent),
     )
@@ -175,12 +191,19 @@ def train(
     total_steps = plan.num_epochs * steps_per_epoch
     evaluations = evaluation_steps(steps_per_epoch, plan.batch_size, len(validation))
 
+    def is_to_stop() -> bool:
+        check_room()
+        return should_stop()
+
     def gather(batch: Sequence[Example], portions: Portions) -> tuple[float, int]:
-        return gather_gradients(trainable, batch, portions, should_stop, lanes)
+        return gather_gradients(trainable, batch, portions, is_to_stop, lanes)
+
+    def lay(records: Sequence[Example], portions: Portions) -> list[list[int]]:
+        return micro_batches(trainable, records, portions, lanes)
 
     if found is None:
         state.portions = Portions(micro_batch_tokens, kept_tokens)
-    run = Run(plan, trainable, state, total_steps, gather, on_portions)
+    run = Run(plan, trainable, state, total_steps, gather, lay, on_portions)
     if found is not None:
         run.restore(found.tensors)
         if found.best is not None:
@@ -189,7 +212,8 @@ def train(
         on_resume(state.step_rows, state.validation_rows)
     while state.cuts < cuts:
         state.cuts += 1
-        run.cut(examples, "An earlier attempt was ended by the system for its memory.")
+        largest = sorted(examples, key=lambda example: len(example.input_ids))[-plan.batch_size :]
+        run.cut(largest, "An earlier attempt was ended by the system for its memory.")
     keeper = (
         Keeper(
             *(checkpoints, identity, state.steps),
@@ -210,7 +234,7 @@ def train(
                 lambda portions: evaluate_likelihood(
                     model,
                     validation,
-                    should_stop=should_stop,
+                    should_stop=is_to_stop,
                     micro_batch_tokens=portions.tokens,
                     decoder=None if trainable.flat is None else trainable.flat.decoder,
                     lanes=lanes,
