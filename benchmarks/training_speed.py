@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from benchmarks.aws_operations import operation_examples
 from benchmarks.running import RESULTS, table_lines, write_result
@@ -57,51 +58,62 @@ OUTCROP = Contender("Outcrop")
 REFERENCE = Contender("plain float32 loop", "reference")
 OWN_REFERENCE = Contender("Outcrop in float32", options={"dtype": "float32"})
 
-_FREE = {"padding_free": True, "max_length": None, "gradient_checkpointing": False}
+_KEPT = {"gradient_checkpointing": False}
+_FREE = {"padding_free": True, "max_length": None, **_KEPT}
 _BF16 = {"model_init_kwargs": {"dtype": "bfloat16"}}
+_BEST: Mapping[str, Any] = {**_FREE, **_BF16}
 _PACKED = {
     "packing": True,
     "max_length": DOCUMENT_TOKENS,
-    "per_device_train_batch_size": 1,  # eight packed rows in one would attend over all of them
-    "gradient_accumulation_steps": 8,
+    # Several packed rows in one pass would be one long row with scores between all its tokens.
+    "per_device_train_batch_size": 1,
 }
 TRL_DEFAULTS = Contender("TRL, its defaults", "trl")
 RIVALS: Mapping[tuple[str, str], tuple[Contender, ...]] = {
-    ("operations", "adapter"): (TRL_DEFAULTS, Contender("TRL, best", "trl", {**_FREE, **_BF16})),
+    ("operations", "adapter"): (TRL_DEFAULTS, Contender("TRL, best", "trl", _BEST)),
     # Where all weights are trained, bfloat16 ones without float32 masters would hardly move.
     ("operations", "full"): (TRL_DEFAULTS, Contender("TRL, best", "trl", _FREE)),
     ("cpt", "adapter"): (
         Contender("TRL, packing", "trl", _PACKED),
-        Contender(
-            "TRL, best packing", "trl", {**_PACKED, **_BF16, "gradient_checkpointing": False}
-        ),
+        Contender("TRL, best packing", "trl", {**_PACKED, **_BF16, **_KEPT}),
     ),
     ("cpt", "full"): (
         Contender("TRL, packing", "trl", _PACKED),
-        Contender("TRL, best packing", "trl", {**_PACKED, "gradient_checkpointing": False}),
+        Contender("TRL, best packing", "trl", {**_PACKED, **_KEPT}),
     ),
 }
 """Whom Outcrop is compared with: TRL as it comes, and the fastest setting that --search found."""
 
-SEARCH = (
-    TRL_DEFAULTS,
-    Contender("TRL, no checkpointing", "trl", {"gradient_checkpointing": False}),
-    Contender(
-        "TRL, no checkpointing, bfloat16 weights", "trl", {"gradient_checkpointing": False, **_BF16}
+SEARCH = {
+    "operations": (
+        TRL_DEFAULTS,
+        Contender("TRL, no checkpointing", "trl", _KEPT),
+        Contender("TRL, no checkpointing, bfloat16 weights", "trl", {**_KEPT, **_BF16}),
+        Contender("TRL, padding-free", "trl", {"padding_free": True, "max_length": None}),
+        Contender("TRL, padding-free, no checkpointing", "trl", _FREE),
+        Contender("TRL, padding-free, no checkpointing, bfloat16 weights", "trl", _BEST),
+        Contender(
+            "the same, 2 x 4 records",
+            "trl",
+            {**_BEST, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        ),
+        Contender("the same, torch.compile", "trl", {**_BEST, "torch_compile": True}),
+        Contender("the same, threads that sleep while they wait", "trl", _BEST, ENVIRONMENT),
     ),
-    Contender("TRL, padding-free", "trl", {"padding_free": True, "max_length": None}),
-    Contender("TRL, padding-free, no checkpointing", "trl", _FREE),
-    Contender("TRL, padding-free, no checkpointing, bfloat16 weights", "trl", {**_FREE, **_BF16}),
-    Contender(
-        "the same, 2 x 4 records",
-        "trl",
-        {**_FREE, **_BF16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    "cpt": (
+        Contender("TRL, packing", "trl", _PACKED),
+        Contender("TRL, packing, no checkpointing", "trl", {**_PACKED, **_KEPT}),
+        Contender(
+            "TRL, packing, no checkpointing, bfloat16 weights", "trl", {**_PACKED, **_KEPT, **_BF16}
+        ),
+        Contender(
+            "the same, threads that sleep while they wait",
+            "trl",
+            {**_PACKED, **_KEPT, **_BF16},
+            ENVIRONMENT,
+        ),
     ),
-    Contender("the same, torch.compile", "trl", {**_FREE, **_BF16, "torch_compile": True}),
-    Contender(
-        "the same, threads that sleep while they wait", "trl", {**_FREE, **_BF16}, ENVIRONMENT
-    ),
-)
+}
 """TRL's settings that change its speed and not which records make a step."""
 
 LADDER: Mapping[str, Contender] = {
@@ -190,9 +202,26 @@ def choose_contenders(options: argparse.Namespace) -> list[Contender]:
         without = [replace(one, name=f"without: {name}") for name, one in LADDER.items()]
         return [OUTCROP, *without]
     if options.search:
-        return list(SEARCH)
-    rivals = RIVALS[options.data, options.method] if options.trl_python else ()
-    return [OUTCROP, *rivals]
+        return in_batches(options, SEARCH[options.data])
+    return [OUTCROP, *rivals(options)]
+
+
+def rivals(options: argparse.Namespace) -> list[Contender]:
+    """Return whom Outcrop is compared with; nobody without TRL's environment."""
+    if not options.trl_python:
+        return []
+    return in_batches(options, RIVALS[options.data, options.method])
+
+
+def in_batches(options: argparse.Namespace, given: Sequence[Contender]) -> list[Contender]:
+    """Return the contenders so that those who pack take as many rows a step as others records."""
+    found = []
+    for one in given:
+        setting = dict(one.options)
+        if setting.get("packing"):
+            setting["gradient_accumulation_steps"] = options.batch_size
+        found.append(replace(one, options=setting))
+    return found
 
 
 def make_examples(
@@ -277,6 +306,8 @@ def measure_one(
     result = run_work(work, one, trl_python, folder)
     wall = time.perf_counter() - started
     others = (busy_seconds() - busy - (child_seconds() - own)) / wall
+    if len(result["seconds"]) <= warm_up:
+        raise SystemExit(f"{one.name} did {len(result['seconds'])} steps: take more --steps")
     tokens = sum(result["tokens"][warm_up:])
     return Measured(
         tokens / sum(result["seconds"][warm_up:]),
@@ -395,7 +426,7 @@ def compare_losses(
     folder = options.work / "losses"
     chosen = [OWN_REFERENCE, OUTCROP]
     if options.trl_python:
-        chosen = [REFERENCE, *chosen, *RIVALS[options.data, options.method]]
+        chosen = [REFERENCE, *chosen, *rivals(options)]
     work = make_work(options, weights, examples[: options.loss_steps * options.batch_size], folder)
     validation_file = write_examples(folder / "validation.json", validation)
     losses: dict[str, list[float]] = {}
