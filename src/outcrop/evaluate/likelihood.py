@@ -2,7 +2,9 @@
 
 Records are laid end to end in one row without padding. Attention looks only inside a record, and
 positions begin anew with each. Scores over the vocabulary are computed only where a token carries
-loss, in float32. Training and evaluation share this one forward pass.
+loss, in float32 (in float64 where the model is). Training and evaluation of all models but those
+that have passes of our own (models/decoder.py) share this one forward pass. A model whose head does
+more than one matrix product (a bias, a cap, a factor) computes its scores itself.
 
 It knows nothing of adapters, epochs or files.
 
@@ -16,9 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from outcrop.data.pack import (
     IGNORE_INDEX,
@@ -29,9 +33,11 @@ from outcrop.data.pack import (
     pack,
 )
 from outcrop.errors import EmptyLossError, StopRequested
-from outcrop.evaluate.attention import packed_attention
-from outcrop.models.decoder import Decoder, make_decoder, row_losses
+from outcrop.evaluate.attention import packed_attention, packed_states
+from outcrop.models.decoder import Decoder, make_decoder
+from outcrop.models.kernels import wide
 from outcrop.models.lanes import Lanes
+from outcrop.models.passes import row_losses
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -40,6 +46,10 @@ if TYPE_CHECKING:
 
 HEAD_CHUNK_TOKENS = 512
 """Tokens whose scores over the vocabulary exist at once: 100 MB in float32 at 49,152 words."""
+PROBE_SCALE = 30.0
+"""Of the hidden states that a head is tried with: large enough that a cap on scores is seen."""
+
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ def num_loss_tokens(example: Example) -> int:
 def token_losses(
     model: LlamaForCausalLM, batch: MicroBatch, chunk_tokens: int = HEAD_CHUNK_TOKENS
 ) -> Tensor:
-    """Return the loss of each token that carries loss, float32, in the order of the row.
+    """Return the loss of each token that carries loss, wide, in the order of the row.
 
     The model must be inside `packed_attention`. Gradients flow where they are enabled.
 
@@ -152,26 +162,26 @@ def token_losses(
         chunk_tokens: how many tokens' scores over the vocabulary may exist at once. Where there
             are more, they are computed again for the backward pass.
     """
-    device = model.model.embed_tokens.weight.device
-    input_ids_BT = torch.tensor([batch.input_ids], device=device)
-    position_ids_BT = torch.tensor([batch.position_ids], device=device)
     # A token is predicted one place earlier; pack() gives a record's first token no label.
     places = [place for place, label in enumerate(batch.labels) if label != IGNORE_INDEX]
     if not places:
-        return torch.zeros(0, device=device)
-    hidden_TD = model.model(
-        input_ids=input_ids_BT,
-        position_ids=position_ids_BT,
-        segment_lengths=batch.lengths,
-        use_cache=False,
-    ).last_hidden_state[0]
-    places_L = torch.tensor(places, device=device)
-    labels_L = torch.tensor([batch.labels[place] for place in places], device=device)
+        return torch.zeros(0, device=model.device)
+    hidden_TD = packed_states(model, batch.input_ids, batch.position_ids, batch.lengths)
+    places_L = torch.tensor(places, device=hidden_TD.device)
+    labels_L = torch.tensor([batch.labels[place] for place in places], device=hidden_TD.device)
     hidden_LD = hidden_TD.index_select(0, places_L - 1)
-    head: Callable[..., Tensor] = _HeadLoss.apply
+    keeps_scores = len(places) <= chunk_tokens
+    if _has_plain_head(model):
+        head: Callable[..., Tensor] = _HeadLoss.apply
+        weight_VD = model.get_output_embeddings().weight
+        take = partial(_plain_losses, head, weight_VD, keeps_scores)
+    elif keeps_scores:
+        take = partial(_own_losses, model)
+    else:
+        take = partial(checkpoint, partial(_own_losses, model), use_reentrant=False)
     return torch.cat(
         [
-            head(hidden, model.lm_head.weight, labels, len(places) <= chunk_tokens)
+            take(hidden, labels)
             for hidden, labels in zip(
                 hidden_LD.split(chunk_tokens), labels_L.split(chunk_tokens), strict=True
             )
@@ -179,8 +189,69 @@ def token_losses(
     )
 
 
+def _plain_losses(
+    head: Callable[..., Tensor],
+    weight_VD: Tensor,
+    keeps_scores: bool,
+    hidden_LD: Tensor,
+    labels_L: Tensor,
+) -> Tensor:
+    return head(hidden_LD, weight_VD, labels_L, keeps_scores)
+
+
+def _own_losses(model: LlamaForCausalLM, hidden_LD: Tensor, labels_L: Tensor) -> Tensor:
+    scores_LV = _own_scores(model, hidden_LD)
+    return nn.functional.cross_entropy(
+        scores_LV.to(wide(scores_LV.dtype)), labels_L, reduction="none"
+    )
+
+
+class _Given:
+    """What a decoder returns, with hidden states that are there already and nothing else."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        self.last_hidden_state = hidden_BTD
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, place: int) -> Tensor | None:
+        return self.last_hidden_state if place == 0 else None
+
+
+def _own_scores(model: LlamaForCausalLM, hidden_LD: Tensor) -> Tensor:
+    """Return the scores over the vocabulary as the model's own code computes them, (L, V)."""
+    decoder: Any = model.base_model
+    # The model's forward is its decoder's, and then the head: for once, the decoder gives these.
+    decoder.forward = lambda *_, **__: _Given(hidden_LD[None])
+    try:
+        ids_BL = torch.zeros(1, len(hidden_LD), dtype=torch.long, device=hidden_LD.device)
+        scores_BLV: Tensor = model(input_ids=ids_BL, use_cache=False).logits
+    finally:
+        del decoder.forward
+    return scores_BLV[0]
+
+
+@torch.no_grad()
+def _has_plain_head(model: LlamaForCausalLM) -> bool:
+    """Return whether the model's scores are one matrix product; tried once for each model."""
+    if model not in _plain_heads:
+        head = model.get_output_embeddings()
+        is_plain = type(head) is nn.Linear and head.bias is None
+        if is_plain:
+            draw = torch.Generator().manual_seed(0)
+            hidden_LD = PROBE_SCALE * torch.randn(2, head.in_features, generator=draw)
+            hidden_LD = hidden_LD.to(head.weight.device, head.weight.dtype)
+            product_LV, own_LV = hidden_LD @ head.weight.t(), _own_scores(model, hidden_LD)
+            error = (product_LV - own_LV).double().norm() / own_LV.double().norm()
+            # Twice the same product is the same but for the last places.
+            is_plain = bool(error <= 10 * torch.finfo(head.weight.dtype).eps)
+        _plain_heads[model] = is_plain
+    return _plain_heads[model]
+
+
 class _HeadLoss(torch.autograd.Function):
-    """Cross entropy of the scores hidden x weight^T, float32, without a copy of them in float32.
+    """Cross entropy of the scores hidden x weight^T, wide, without a wide copy of them kept.
 
     The backward pass turns the scores into their gradient in place: probabilities, less one at the
     label. They are kept for it in the model's own type, or else computed again.
@@ -191,7 +262,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, keeps_scores: bool
     ) -> Tensor:
         logits_LV = hidden_LD @ weight_VD.t()
-        scores_LV = logits_LV.float()
+        scores_LV = logits_LV.to(wide(logits_LV.dtype))
         normalizer_L = torch.logsumexp(scores_LV, dim=-1)
         kept_LV = logits_LV if keeps_scores else None
         ctx.save_for_backward(hidden_LD, weight_VD, labels_L, kept_LV, normalizer_L)
@@ -203,7 +274,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_LD, weight_VD, labels_L, logits_LV, normalizer_L = ctx.saved_tensors
         if logits_LV is None:
             logits_LV = hidden_LD @ weight_VD.t()
-        grad_LV = logits_LV.float().sub_(normalizer_L[:, None]).exp_()
+        grad_LV = logits_LV.to(wide(logits_LV.dtype)).sub_(normalizer_L[:, None]).exp_()
         grad_LV[torch.arange(len(labels_L), device=grad_LV.device), labels_L] -= 1.0
         grad_logits_LV = grad_LV.mul_(grad_L[:, None]).to(logits_LV.dtype)
         grad_weight = grad_logits_LV.t() @ hidden_LD if ctx.needs_input_grad[1] else None

@@ -31,23 +31,23 @@ class Lanes:
             largest_share: of the work that one lane may get; see `LARGEST_SHARE`.
         """
         self.count, self.largest_share = count, largest_share
-        self._pool = (
-            ThreadPoolExecutor(count, "lane", lambda: torch.set_num_threads(1))
-            if count > 1
-            else None
-        )
+        self._together = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(count, "lane") if count > 1 else None
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run at most as many tasks as there are lanes; return what they return, in their order.
 
-        A single task runs in the caller's thread, with as many threads as that has.
+        A single task runs in the caller's thread, with as many threads as that had when the lanes
+        were made.
 
         Raises:
             whatever the first of the tasks that failed raised, when all have ended.
         """
+        # Said each time: part of torch's libraries keeps one number for the process.
         if self._pool is None or len(tasks) == 1:
+            torch.set_num_threads(self._together)
             return [task() for task in tasks]
-        futures = [self._pool.submit(task) for task in tasks]
+        futures = [self._pool.submit(_alone, task) for task in tasks]
         wait(futures)
         return [future.result() for future in futures]
 
@@ -55,3 +55,8 @@ class Lanes:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _alone(task: Callable[[], T]) -> T:
+    torch.set_num_threads(1)
+    return task()

@@ -17,8 +17,8 @@ from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
 from outcrop.evaluate.attention import packed_attention
 from outcrop.evaluate.likelihood import num_loss_tokens, token_losses
-from outcrop.models.decoder import row_gradients
 from outcrop.models.lanes import Lanes
+from outcrop.models.passes import row_gradients
 from outcrop.models.rows import Row
 from outcrop.train.flat import FlatTensors, Gradients
 from outcrop.train.memory import Portions, recomputed_layers
