@@ -264,8 +264,8 @@ def train(
                 state.epoch_loss, state.epoch_labels = 0.0, 0
             try:
                 row = run.step([examples[place] for place in places], epoch)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{error} {describe_batch(places)}") from None
+            except (NonFiniteLossError, EmptyLossError) as error:
+                raise type(error)(f"{error} {describe_batch(places)}") from None
             on_step(row)
             evaluate_if_due()
             if keeper is not None and keeper.is_due():
