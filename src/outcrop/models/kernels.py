@@ -1,9 +1,10 @@
 """The operations between the matrix products of a decoder, forward and backward.
 
 Each is one function with two bodies: a pass of compiled C over memory (kernels.c), and the same
-mathematics in torch's operations. The first is for the CPU in bfloat16 and float32, and needs a C
-compiler once for each machine and data directory; without one, on a GPU and in float64, the second
-does. Backward functions are called by hand (decoder.py), so nothing here is a node of a graph.
+mathematics in torch's operations (pointwise.py). The first is for the CPU in bfloat16 and float32,
+and needs a C compiler once for each machine and data directory; without one, on a GPU (where
+torch.compile makes kernels of them) and in float64, the second does. Backward functions are called
+by hand (decoder.py), so nothing here is a node of a graph.
 
 Wide numbers (the residual stream, norms, losses) are float32; float64 where the matrices are.
 
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -29,6 +31,10 @@ import platformdirs
 import torch
 from torch import Tensor
 
+from outcrop.models import pointwise
+from outcrop.models.flash import Spans, in_fixed_order
+from outcrop.models.fused import Fused
+from outcrop.models.pointwise import wide as wide
 from outcrop.models.rows import Segment
 
 logger = logging.getLogger(__name__)
@@ -55,6 +61,14 @@ SIGNATURES = {
 """The C functions and their arguments: n a number, x a float, a an address."""
 _Table = ctypes.Array[ctypes.c_int64]
 _folder: Path | None = platformdirs.user_cache_path("outcrop") / "kernels"
+_norm_forward = Fused(pointwise.norm_forward, rows=(0, 1))
+_norm_backward = Fused(pointwise.norm_backward, rows=(0, 1, 3, 4))
+_gated_forward = Fused(pointwise.gated_forward, rows=(0,))
+_gated_backward = Fused(pointwise.gated_backward, rows=(0, 1))
+_rotate_rows = Fused(pointwise.rotate_rows, rows=(0, 1, 2))
+_merge_rows = Fused(pointwise.merge_rows, rows=(0, 1, 2, 3, 4))
+_cross_entropy = Fused(pointwise.cross_entropy_in_one, rows=(0, 1), plain=pointwise.cross_entropy)
+_losses_only = Fused(pointwise.losses_only, rows=(0, 1))
 _ARGUMENT_TYPES = {"n": ctypes.c_long, "x": ctypes.c_float, "a": ctypes.c_void_p}
 
 
@@ -69,6 +83,7 @@ class Layout:
         *,
         block_rows: int,
         window: int = 0,
+        spans: Spans | None = None,
     ) -> None:
         """
         Args:
@@ -76,7 +91,9 @@ class Layout:
             cosines_TF: of each row's angles, wide numbers; F is half the width of a head.
             block_rows: so many queries of a segment are looked at together at most.
             window: keys that a query sees, itself included; 0 for all before it.
+            spans: the same for flash attention, which needs no blocks; None where there is none.
         """
+        self.spans = spans
         self.segments = tuple(segments)
         self.window = window
         self.cosines_TF, self.sines_TF = cosines_TF, sines_TF
@@ -115,11 +132,6 @@ class Layout:
         raise ValueError(segment)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of sums and residuals beside matrices of this type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def norm_forward(
     x_TD: Tensor, change_TD: Tensor | None, weight_D: Tensor, epsilon: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,10 +145,10 @@ def norm_forward(
     """
     kernels = _kernels(x_TD, dtype)
     if kernels is None:
-        if change_TD is not None:
-            x_TD = x_TD + change_TD.to(x_TD.dtype)
-        scale_T1 = torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + epsilon)
-        return x_TD, (x_TD * scale_T1 * weight_D).to(dtype), scale_T1[:, 0]
+        found: tuple[Tensor, Tensor, Tensor] = _norm_forward(
+            x_TD, change_TD, weight_D, epsilon, dtype
+        )
+        return found
     rows, width = x_TD.shape
     sum_TD = x_TD if change_TD is None else torch.empty_like(x_TD)
     normed_TD = torch.empty(rows, width, dtype=dtype)
@@ -155,11 +167,8 @@ def norm_backward(
     dtype = dnormed_TD.dtype
     kernels = _kernels(x_TD, dtype)
     if kernels is None:
-        scale_T1 = scale_T[:, None]
-        scaled_TD, unit_TD = dnormed_TD.to(x_TD.dtype) * weight_D, x_TD * scale_T1
-        along_T1 = (scaled_TD * unit_TD).mean(-1, keepdim=True)
-        dx_TD += scale_T1 * (scaled_TD - unit_TD * along_T1)
-        return dx_TD.to(dtype)
+        rounded_TD: Tensor = _norm_backward(dnormed_TD, x_TD, weight_D, scale_T, dx_TD)
+        return rounded_TD
     rows, width = x_TD.shape
     out_TD = torch.empty(rows, width, dtype=dtype)
     kernels.norm_backward(
@@ -174,9 +183,8 @@ def gated_forward(gate_up_TI: Tensor) -> Tensor:
     kernels = _kernels(gate_up_TI, gate_up_TI.dtype)
     rows, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     if kernels is None:
-        gate, up = gate_up_TI.to(wide(gate_up_TI.dtype)).split(width, dim=1)
-        gated: Tensor = gate * torch.sigmoid(gate) * up
-        return gated.to(gate_up_TI.dtype)
+        gated_TI: Tensor = _gated_forward(gate_up_TI)
+        return gated_TI
     out_TI = gate_up_TI.new_empty(rows, width)
     kernels.gated_forward(rows, width, _at(gate_up_TI), _at(out_TI))
     return out_TI
@@ -187,12 +195,8 @@ def gated_backward(dout_TI: Tensor, gate_up_TI: Tensor) -> tuple[Tensor, Tensor]
     kernels = _kernels(gate_up_TI, gate_up_TI.dtype)
     rows, width = dout_TI.shape
     if kernels is None:
-        dtype = gate_up_TI.dtype
-        gate, up = gate_up_TI.to(wide(dtype)).split(width, dim=1)
-        d, s = dout_TI.to(gate.dtype), torch.sigmoid(gate)
-        silu = gate * s
-        dgate_up = torch.cat([d * up * (s + silu * (1 - s)), d * silu], dim=1)
-        return dgate_up.to(dtype), (silu * up).to(dtype)
+        found: tuple[Tensor, Tensor] = _gated_backward(dout_TI, gate_up_TI)
+        return found
     dgate_up_TI, out_TI = torch.empty_like(gate_up_TI), torch.empty_like(dout_TI)
     kernels.gated_backward(
         *(rows, width, _at(dout_TI), _at(gate_up_TI), _at(dgate_up_TI), _at(out_TI))
@@ -226,9 +230,9 @@ def split_heads(
         )
         return query, key, value
     turned, values = rows.split([(heads + groups) * width, groups * width], dim=1)
-    turned = _rotate(turned.view(-1, heads + groups, width), layout, 1).to(rows.dtype)
+    turned = _rotate(turned.unflatten(1, (-1, width)), layout, 1).to(rows.dtype)
     queries, keys = turned.split([heads, groups], dim=1)
-    values = values.view(-1, groups, width)
+    values = values.unflatten(1, (-1, width))
     move_heads(queries.contiguous(), layout, to_rows=False, blocks=query)
     for segment in layout.segments:
         place = layout.key_rows(segment)
@@ -277,6 +281,30 @@ def merge_heads(
     queries = _rotate(queries, layout, -1)
     keys = _rotate(sums[0], layout, -1)
     return torch.cat([queries, keys, sums[1]], dim=1).flatten(1).to(rows.dtype)
+
+
+def rotate_rows(rows_TO: Tensor, layout: Layout, groups: int, heads_a_group: int) -> Tensor:
+    """Return (T, heads of queries, keys and values, width of a head), the first two rotated: what
+    flash attention takes. The counterpart of `split_heads`."""
+    heads = groups * heads_a_group
+    rows_TNW = rows_TO.view(len(rows_TO), heads + 2 * groups, -1)
+    turned_TNW: Tensor = _rotate_rows(rows_TNW, layout.cosines_TF, layout.sines_TF, heads + groups)
+    return turned_TNW
+
+
+def merge_rows(dquery_TNW: Tensor, dkey_TNW: Tensor, dvalue_TNW: Tensor, layout: Layout) -> Tensor:
+    """Return the gradient of what `rotate_rows` took, from those of the parts of what it gave."""
+    merged_TO: Tensor = _merge_rows(
+        dquery_TNW, dkey_TNW, dvalue_TNW, layout.cosines_TF, layout.sines_TF
+    )
+    return merged_TO
+
+
+def add_rows(target_TD: Tensor, places_L: Tensor, rows_LD: Tensor) -> Tensor:
+    """Add each row to the row of the target at its place, in place, in the same order each time."""
+    with in_fixed_order() if target_TD.is_cuda else nullcontext():
+        target_TD.index_add_(0, places_L, rows_LD)
+    return target_TD
 
 
 def move_heads(
@@ -372,14 +400,13 @@ def cross_entropy(logits_LV: Tensor, labels_L: Tensor, scale: float) -> Tensor:
             _at(losses_L),
         )
         return losses_L
-    wide_LV = logits_LV.to(wide(logits_LV.dtype))
-    normalizer_L1 = torch.logsumexp(wide_LV, dim=-1, keepdim=True)
-    losses_L = (normalizer_L1 - wide_LV.gather(1, labels_L[:, None]))[:, 0]
-    if scale:
-        gradient_LV = (wide_LV - normalizer_L1).exp_().mul_(scale)
-        gradient_LV[torch.arange(len(labels_L), device=labels_L.device), labels_L] -= scale
-        logits_LV.copy_(gradient_LV)
-    return losses_L
+    if not scale:
+        plain_L: Tensor = _losses_only(logits_LV, labels_L)
+        return plain_L
+    # As a tensor: a constant would be compiled in, and it is another one in each step.
+    factor = torch.full((), scale, dtype=wide(logits_LV.dtype), device=logits_LV.device)
+    changed_L: Tensor = _cross_entropy(logits_LV, labels_L, factor)
+    return changed_L
 
 
 def are_compiled(dtype: torch.dtype) -> bool:
@@ -410,9 +437,7 @@ def _at(tensor: Tensor | None) -> int | None:
 
 def _rotate(x: Tensor, layout: Layout, sign: int) -> Tensor:
     """Rotate (T, heads, width) by the rows' angles, in wide numbers."""
-    low, high = x.to(layout.cosines_TF.dtype).chunk(2, dim=-1)
-    cosine, sine = layout.cosines_TF[:, None], sign * layout.sines_TF[:, None]
-    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+    return pointwise.rotate(x, layout.cosines_TF, sign * layout.sines_TF)
 
 
 def _kernels(tensor: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:

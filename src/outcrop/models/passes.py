@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outcrop.models import kernels
-from outcrop.models.attention import BLOCK_ROWS, attention_backward, attention_forward
+from outcrop.models import flash, kernels
+from outcrop.models.attention import BLOCK_ROWS, Kept, attention_backward, attention_forward
 from outcrop.models.decoder import (
     Decoder,
     Joined,
@@ -34,8 +34,9 @@ from outcrop.models.decoder import (
 from outcrop.models.kernels import Layout
 from outcrop.models.rows import Row
 
-HEAD_CHUNK_TOKENS = 512
-"""Tokens whose scores over the vocabulary exist at once: 50 MB in bfloat16 at 49,152 words."""
+HEAD_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Tokens whose scores over the vocabulary exist at once, by the kind of device: 50 MB in bfloat16
+at 49,152 words on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,7 @@ class _Kept:
     scale_T: Tensor
     qkv_h: Tensor | None
     qk_norm: tuple[Tensor, ...]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    weights: tuple[Tensor | None, ...]
+    attention: Kept
     attended_TO: Tensor
     out_h: Tensor | None
     x2_TD: Tensor
@@ -72,15 +70,15 @@ def row_losses(
     Args:
         check: called before each layer; what it raises ends the pass.
     """
-    layout, work = _layout(decoder, row), decoder.work
-    x_TD, change_TD = _embed(decoder, row), None
+    placed, work = _place(decoder, row), decoder.work
+    x_TD, change_TD = _embed(decoder, placed), None
     for place, (layer, tensors) in enumerate(zip(decoder.layers, work.layers, strict=True)):
         check()
-        sources = _sources(decoder, row) if place == len(decoder.layers) - 1 else None
+        sources = placed.sources_L if place == len(decoder.layers) - 1 else None
         x_TD, change_TD, _ = _layer_forward(
-            decoder, layer, tensors, x_TD, change_TD, layout, sources
+            decoder, layer, tensors, x_TD, change_TD, placed.layout, sources
         )
-    losses, _ = _head(decoder, row, x_TD, change_TD, 0.0, None)
+    losses, _ = _head(decoder, placed.labels_L, x_TD, change_TD, 0.0, None)
     return losses
 
 
@@ -103,10 +101,10 @@ def row_gradients(
             keep only their input and are computed twice.
         check: called before each layer of both passes; what it raises ends them.
     """
-    layout, work = _layout(decoder, row), decoder.work
-    x_TD, change_TD = _embed(decoder, row), None
+    placed, work = _place(decoder, row), decoder.work
+    layout, sources = placed.layout, placed.sources_L
+    x_TD, change_TD = _embed(decoder, placed), None
     last = len(decoder.layers) - 1
-    sources = _sources(decoder, row)
     kept: list[_Kept | Tensor] = []
     for place, (layer, tensors) in enumerate(zip(decoder.layers, work.layers, strict=True)):
         check()
@@ -115,7 +113,7 @@ def row_gradients(
         )
         kept.append(whole if place > last - kept_layers else whole.x_TD)
         del whole
-    losses, dx_TD = _head(decoder, row, x_TD, change_TD, scale, gradients)
+    losses, dx_TD = _head(decoder, placed.labels_L, x_TD, change_TD, scale, gradients)
     del x_TD, change_TD
     dout_TD = dx_TD.to(decoder.dtype)
     for place in range(last, -1, -1):
@@ -133,31 +131,55 @@ def row_gradients(
     if gradients.table_VD is not None:
         if gradients.table_VD is not gradients.head_VD:
             gradients.table_VD.zero_()
-        ids_T = torch.tensor(row.input_ids, device=decoder.device)
-        gradients.table_VD.index_add_(0, ids_T, dx_TD.to(gradients.table_VD.dtype))
+        table_VD = gradients.table_VD
+        kernels.add_rows(table_VD, placed.ids_T, dx_TD.to(table_VD.dtype))
     return losses
 
 
-def _layout(decoder: Decoder, row: Row) -> Layout:
-    positions = torch.tensor(row.position_ids, dtype=torch.float64)
-    angles_TF = torch.outer(positions, decoder.frequencies_F.cpu())
+@dataclass(frozen=True)
+class _Placed:
+    """A row where the weights are."""
+
+    ids_T: Tensor
+    sources_L: Tensor
+    labels_L: Tensor
+    layout: Layout
+
+
+def _place(decoder: Decoder, row: Row) -> _Placed:
+    """Bring a row to where the weights are, in one copy that nothing waits for."""
+    device, spans = decoder.device, None
+    lists = (row.input_ids, row.sources, row.labels, row.position_ids)
+    parts = [torch.tensor(numbers, dtype=torch.long) for numbers in lists]
+    if flash.fits(device, decoder.dtype, decoder.head_width):
+        spans = flash.span_numbers(row.segments)
+        parts += spans.tensors
+    together = torch.cat(parts)
+    if device.type == "cuda":
+        together = together.pin_memory()
+    together = together.to(device, non_blocking=True)
+    ids_T, sources_L, labels_L, positions_T, *others = together.split([len(p) for p in parts])
+    cosines_TF, sines_TF = _angles(decoder, positions_T)
+    layout = Layout(
+        *(row.segments, cosines_TF, sines_TF),
+        block_rows=BLOCK_ROWS,
+        window=decoder.window,
+        spans=None if spans is None else flash.place_spans(spans, others),
+    )
+    return _Placed(ids_T, sources_L, labels_L, layout)
+
+
+def _angles(decoder: Decoder, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the rotation, wide numbers."""
     wide = kernels.wide(decoder.dtype)
-    if wide == torch.float32:
-        # As transformers has them: angles of float32 factors, so that both agree to the last place.
-        angles_TF = torch.outer(positions.float(), decoder.frequencies_F.cpu().float())
-    cosines_TF = (angles_TF.cos() * decoder.rotation_scale).to(decoder.device, wide)
-    sines_TF = (angles_TF.sin() * decoder.rotation_scale).to(decoder.device, wide)
-    return Layout(row.segments, cosines_TF, sines_TF, block_rows=BLOCK_ROWS, window=decoder.window)
+    # In float32 where it is wide, as transformers has them, so that both agree to the last place.
+    angles_TF = torch.outer(positions_T.to(wide), decoder.frequencies_F.to(wide))
+    return angles_TF.cos() * decoder.rotation_scale, angles_TF.sin() * decoder.rotation_scale
 
 
-def _embed(decoder: Decoder, row: Row) -> Tensor:
+def _embed(decoder: Decoder, placed: _Placed) -> Tensor:
     table_VD = decoder.table_VD if decoder.work.table_VD is None else decoder.work.table_VD
-    ids_T = torch.tensor(row.input_ids, device=decoder.device)
-    return table_VD.index_select(0, ids_T).to(kernels.wide(decoder.dtype))
-
-
-def _sources(decoder: Decoder, row: Row) -> Tensor:
-    return torch.tensor(row.sources, device=decoder.device)
+    return table_VD.index_select(0, placed.ids_T).to(kernels.wide(decoder.dtype))
 
 
 def _layer_forward(
@@ -182,11 +204,8 @@ def _layer_forward(
     qk_norm: tuple[Tensor, ...] = ()
     if len(norms) > 2:
         qkv_TO, qk_norm = _head_norms_forward(decoder, norms, qkv_TO)
-    query, key, value = kernels.split_heads(qkv_TO, layout, decoder.groups, decoder.heads_a_group)
+    attended_TO, attention = attention_forward(decoder, layout, qkv_TO)
     del qkv_TO
-    blocks, weights = attention_forward(decoder, layout, query, key, value)
-    heads = decoder.groups * decoder.heads_a_group
-    attended_TO = kernels.move_heads(blocks, layout, to_rows=True, heads=heads)
     residual_TD = x_TD
     if sources_L is not None:
         attended_TO, residual_TD = attended_TO[sources_L], x_TD[sources_L]
@@ -197,7 +216,7 @@ def _layer_forward(
     gate_up_TI, gate_up_h = _joined_forward(layer.gate_up, work.gate_up, normed2_TD)
     down_TD, down_h = _joined_forward(layer.down, work.down, kernels.gated_forward(gate_up_TI))
     kept = _Kept(
-        *(x_TD, normed_TD, scale_T, qkv_h, qk_norm, query, key, value, weights, attended_TO),
+        *(x_TD, normed_TD, scale_T, qkv_h, qk_norm, attention, attended_TO),
         *(out_h, x2_TD, normed2_TD, scale2_T, gate_up_TI, gate_up_h, down_h),
     )
     return x2_TD, down_TD, kept
@@ -246,16 +265,7 @@ def _layer_backward(
     if sources_L is not None:
         dattended_TO = _scatter(dattended_TO, sources_L, layout.num_rows)
         dx_TD = _scatter(dx_TD, sources_L, layout.num_rows)
-    heads = decoder.groups * decoder.heads_a_group
-    dblocks = kernels.move_heads(
-        dattended_TO.view(layout.num_rows, heads, decoder.head_width), layout, to_rows=False
-    )
-    dquery, dkey, dvalue = attention_backward(
-        decoder, layout, kept.weights, (kept.query, kept.key, kept.value), dblocks
-    )
-    dqkv_TO = kernels.merge_heads(
-        dquery, dkey, dvalue, layout, decoder.groups, decoder.heads_a_group
-    )
+    dqkv_TO = attention_backward(decoder, layout, kept.attention, dattended_TO)
     if kept.qk_norm:
         dqkv_TO = _head_norms_backward(decoder, norms, dnorms, kept.qk_norm, dqkv_TO)
     dnormed_TD, dh = _joined_input(layer.qkv, work.qkv, dqkv_TO, needs_input=needs_input)
@@ -268,12 +278,12 @@ def _layer_backward(
 
 
 def _scatter(chosen: Tensor, sources_L: Tensor, num_rows: int) -> Tensor:
-    return chosen.new_zeros(num_rows, chosen.shape[1]).index_add_(0, sources_L, chosen)
+    return kernels.add_rows(chosen.new_zeros(num_rows, chosen.shape[1]), sources_L, chosen)
 
 
 def _head(
     decoder: Decoder,
-    row: Row,
+    labels_L: Tensor,
     x_LD: Tensor,
     change_LD: Tensor | None,
     scale: float,
@@ -286,14 +296,12 @@ def _head(
     x_LD, normed_LD, scale_L = kernels.norm_forward(
         x_LD, change_LD, norm_D, decoder.epsilon, decoder.dtype
     )
-    labels_L = torch.tensor(row.labels, device=decoder.device)
+    chunk = HEAD_CHUNK_TOKENS[decoder.device.type]
     dhead_VD = None if gradients is None else gradients.head_VD
     if dhead_VD is not None:
         dhead_VD.zero_()
     losses, dnormed = [], []
-    for hidden_LD, labels in zip(
-        normed_LD.split(HEAD_CHUNK_TOKENS), labels_L.split(HEAD_CHUNK_TOKENS), strict=True
-    ):
+    for hidden_LD, labels in zip(normed_LD.split(chunk), labels_L.split(chunk), strict=True):
         logits_LV = hidden_LD @ head_VD.t()
         losses.append(kernels.cross_entropy(logits_LV, labels, scale))
         if scale:
