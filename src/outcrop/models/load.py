@@ -61,7 +61,6 @@ def load_base(folder: Path, dtype: torch.dtype | None = None) -> LlamaForCausalL
         model, report = loader.from_pretrained(
             folder,
             dtype=dtype or compute_dtype(),
-            attn_implementation="sdpa",
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

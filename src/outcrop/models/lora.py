@@ -10,7 +10,8 @@ is accumulated onto the change inside one matrix multiplication (float32 inside,
 the change survives on average; see docs/learning-rate.md for the measurement.
 
 Source: Hu et al., LoRA (arXiv 2106.09685), section 4.1 for the form and its start (A random, B
-zero); peft's "PEFT checkpoint format" page for the files and the names of the tensors.
+zero); peft's "PEFT checkpoint format" page for the files and the names of the tensors, its LoRA
+layers for `fan_in_fan_out`: the base weight of GPT-2's Conv1D is stored as (I, O), A and B are not.
 
 Axis suffixes: T tokens, I inputs of a layer, O outputs of a layer, R rank.
 """
@@ -20,10 +21,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +36,7 @@ from outcrop.errors import ModelError
 from outcrop.models.artifact import ADAPTER_CONFIG as ADAPTER_CONFIG
 from outcrop.models.catalog import ALL_LINEARS as ALL_LINEARS
 from outcrop.models.catalog import LoraConfig as LoraConfig
+from outcrop.models.kernels import wide
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TENSOR_PREFIX = "base_model.model."
@@ -46,10 +49,16 @@ class Adapter:
     config: LoraConfig
     tensors: Mapping[str, tuple[Tensor, Tensor]]
     """Name of a linear layer in the model -> (lora_a_RI, lora_b_OR), float32."""
+    fan_in_fan_out: bool = False
+    """Whether the weights of the layers lie as (I, O): then they are Conv1D. It matters to peft
+    only, which reads it from adapter_config.json."""
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with room for an adapter; without one it does what the layer does."""
+    """A linear layer with room for an adapter; without one it does what the layer does.
+
+    The layer is nn.Linear, or transformers' Conv1D, whose weight lies as (I, O).
+    """
 
     lora_a: Tensor | None
     lora_b: Tensor | None
@@ -57,19 +66,24 @@ class LoraLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
+        self.is_conv1d = _is_conv1d(linear)
         self.training = linear.training
         self.scaling = 1.0
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
 
+    @property
+    def weight_OI(self) -> Tensor:
+        """The frozen weight; a view where it lies the other way."""
+        return self.linear.weight.t() if self.is_conv1d else self.linear.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for x of shape (..., I)."""
         if self.lora_a is None:
-            return torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
+            found: Tensor = self.linear(x)
+            return found
         apply: Callable[..., Tensor] = _AdaptedMatmul.apply
-        return apply(
-            x, self.linear.weight, self.linear.bias, self.lora_a, self.lora_b, self.scaling
-        )
+        return apply(x, self.weight_OI, self.linear.bias, self.lora_a, self.lora_b, self.scaling)
 
 
 class _AdaptedMatmul(torch.autograd.Function):
@@ -94,7 +108,7 @@ class _AdaptedMatmul(torch.autograd.Function):
         if bias_O is not None:
             y_TO += bias_O
         ctx.save_for_backward(x_TI, h_TR, weight_OI, a_RI, b_OR)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.master_dtype = scaling, lora_a_RI.dtype
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -109,9 +123,9 @@ class _AdaptedMatmul(torch.autograd.Function):
             grad_x_TI.addmm_(grad_y_TO, weight_OI)
             grad_x = grad_x_TI.view(*grad_y.shape[:-1], -1)
         if ctx.needs_input_grad[3]:
-            grad_a_RI = (grad_h_TR.t() @ x_TI).float()
+            grad_a_RI = (grad_h_TR.t() @ x_TI).to(ctx.master_dtype)
         if ctx.needs_input_grad[4]:
-            grad_b_OR = (grad_y_TO.t() @ h_TR).float() * ctx.scaling
+            grad_b_OR = (grad_y_TO.t() @ h_TR).to(ctx.master_dtype) * ctx.scaling
         return grad_x, None, None, grad_a_RI, grad_b_OR, None
 
 
@@ -135,21 +149,20 @@ def attach(
     if start is not None:
         _check_start(start, config, layers)
     for name, layer in layers.items():
-        linear = layer.linear
+        weight_OI = layer.weight_OI
+        outputs, inputs = weight_OI.shape
         generator = torch.Generator().manual_seed(_seed(seed, name))
-        bound = 1.0 / math.sqrt(linear.in_features)
-        a_RI = torch.empty(config.rank, linear.in_features).uniform_(
-            -bound, bound, generator=generator
-        )
-        b_OR = torch.zeros(linear.out_features, config.rank)
+        bound = 1.0 / math.sqrt(inputs)
+        a_RI = torch.empty(config.rank, inputs).uniform_(-bound, bound, generator=generator)
+        b_OR = torch.zeros(outputs, config.rank)
         if start is not None and name in start.tensors:
             first_a_RI, first_b_OR = start.tensors[name]
             a_RI[: start.config.rank] = first_a_RI
             # In float64, so that it is rounded once at most, and not at all for powers of two.
             factor = start.config.scaling / config.scaling
             b_OR[:, : start.config.rank] = first_b_OR.double() * factor
-        layer.lora_a = nn.Parameter(a_RI.to(linear.weight.device))
-        layer.lora_b = nn.Parameter(b_OR.to(linear.weight.device))
+        layer.lora_a = nn.Parameter(a_RI.to(weight_OI.device, wide(weight_OI.dtype)))
+        layer.lora_b = nn.Parameter(b_OR.to(weight_OI.device, wide(weight_OI.dtype)))
         layer.scaling = config.scaling
         parameters += [layer.lora_a, layer.lora_b]
     return parameters
@@ -168,7 +181,7 @@ def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
             layer.lora_a = layer.lora_b = None
         return
     layers = _adaptable(model, adapter.config.targets)
-    _check_fit(adapter, {name: layer.linear for name, layer in layers.items()})
+    _check_fit(adapter, {name: layer.weight_OI for name, layer in layers.items()})
     for name, layer in _lora_layers(model).items():
         if name not in adapter.tensors:
             layer.lora_a = layer.lora_b = None
@@ -186,18 +199,24 @@ def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
 class WeightChanges(Mapping[str, Tensor]):
     """What an adapter adds to the weights of a model.
 
-    Name of a weight, as `named_parameters` has it -> scaling * B A, float32, of shape (O, I). Each
-    is computed in float64, rounded once, and made when it is asked for: all of them together are
-    as large as the model.
+    Name of a weight, as `named_parameters` has it -> scaling * B A, float32, of the weight's shape.
+    Each is computed in float64, rounded once, and made when it is asked for: all of them together
+    are as large as the model.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, turned: Collection[str] = ()) -> None:
+        """
+        Args:
+            turned: the names of weights that lie as (I, O), and so do their changes.
+        """
+        self._turned = turned
         self._scaling = adapter.config.scaling
         self._tensors = {f"{name}.weight": pair for name, pair in adapter.tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         a_RI, b_OR = self._tensors[name]
-        return (b_OR.double() @ a_RI.double() * self._scaling).float()
+        change_OI = (b_OR.double() @ a_RI.double() * self._scaling).float()
+        return change_OI.t() if name in self._turned else change_OI
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -215,19 +234,22 @@ def weight_changes(model: nn.Module, adapter: Adapter) -> WeightChanges:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in adapter.config.targets
+        if _is_linear(module) and name.rpartition(".")[2] in adapter.config.targets
     }
-    _check_fit(adapter, linears)
-    return WeightChanges(adapter)
+    _check_fit(adapter, {name: _weight_OI(linear) for name, linear in linears.items()})
+    return WeightChanges(
+        adapter, {f"{name}.weight" for name, linear in linears.items() if _is_conv1d(linear)}
+    )
 
 
 def adapter_of(model: nn.Module, config: LoraConfig) -> Adapter:
     """Return a copy of the adapter that `attach` gave the model, as it is now."""
-    tensors = {}
+    tensors, turned = {}, False
     for name, layer in _lora_layers(model).items():
         if layer.lora_a is not None and layer.lora_b is not None:
             tensors[name] = (_on_cpu(layer.lora_a), _on_cpu(layer.lora_b))
-    return Adapter(config, tensors)
+            turned |= layer.is_conv1d
+    return Adapter(config, tensors, turned)
 
 
 def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
@@ -248,7 +270,7 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": adapter.config.alpha,
@@ -295,7 +317,7 @@ def load_adapter(folder: Path) -> Adapter:
         tensors[name] = (a_RI.float(), b_OR.float())
     if 2 * len(tensors) != len(flat):
         raise ModelError(f"The adapter in {folder} holds tensors that are not lora_A or lora_B.")
-    return Adapter(config, tensors)
+    return Adapter(config, tensors, bool(described.get("fan_in_fan_out")))
 
 
 def _adaptable(model: nn.Module, targets: tuple[str, ...]) -> dict[str, LoraLinear]:
@@ -304,7 +326,7 @@ def _adaptable(model: nn.Module, targets: tuple[str, ...]) -> dict[str, LoraLine
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] not in targets:
             continue
-        if isinstance(module, nn.Linear):
+        if _is_linear(module):
             module = LoraLinear(module)
             _replace(model, name, module)
         if isinstance(module, LoraLinear):
@@ -314,15 +336,15 @@ def _adaptable(model: nn.Module, targets: tuple[str, ...]) -> dict[str, LoraLine
     return layers
 
 
-def _check_fit(adapter: Adapter, linears: Mapping[str, nn.Linear]) -> None:
+def _check_fit(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     """Refuse an adapter that is not made for exactly these layers."""
-    if linears.keys() != adapter.tensors.keys():
-        odd = sorted(linears.keys() ^ adapter.tensors.keys())
+    if weights.keys() != adapter.tensors.keys():
+        odd = sorted(weights.keys() ^ adapter.tensors.keys())
         raise ModelError(f"The adapter does not fit the model: {odd[0]} is only in one of them.")
     rank = adapter.config.rank
     for name, (a_RI, b_OR) in adapter.tensors.items():
-        linear = linears[name]
-        wanted = ((rank, linear.in_features), (linear.out_features, rank))
+        outputs, inputs = weights[name].shape
+        wanted = ((rank, inputs), (outputs, rank))
         if (tuple(a_RI.shape), tuple(b_OR.shape)) != wanted:
             raise ModelError(
                 f"The adapter does not fit the model: {name} has shapes {tuple(a_RI.shape)} and "
@@ -342,7 +364,7 @@ def _check_start(start: Adapter, config: LoraConfig, layers: Mapping[str, LoraLi
     _check_fit(
         start,
         {
-            name: layer.linear
+            name: layer.weight_OI
             for name, layer in layers.items()
             if name.rpartition(".")[2] in targets
         },
@@ -351,6 +373,20 @@ def _check_start(start: Adapter, config: LoraConfig, layers: Mapping[str, LoraLi
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # A model that has such layers has imported them; importing transformers takes two seconds.
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def _weight_OI(linear: nn.Linear) -> Tensor:
+    return linear.weight.t() if _is_conv1d(linear) else linear.weight
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

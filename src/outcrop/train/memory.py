@@ -283,8 +283,11 @@ def gibibytes(num_bytes: int) -> str:
 def recomputed_layers(model: LlamaForCausalLM) -> Iterator[None]:
     """Let the layers of a forward pass inside this `with` compute their activations again later."""
     from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers: Any = model.model.layers
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     for layer in layers:
         # Nothing is drawn at random in a layer, so there is no generator to set back.
         layer.forward = partial(

@@ -97,8 +97,8 @@ class Trainable:
             return
         # Copies, because safetensors takes views into one vector for tensors that are shared.
         tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        if self.model.config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+        for name in self.model.all_tied_weights_keys:
+            tensors.pop(name, None)
         self.model.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
         for name in TOKENIZER_FILES:
             if (base_folder / name).is_file():
