@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from benchmarks.training_work import peak_bytes, read_examples
+from benchmarks.tricks import WITHOUT
 
 from outcrop.models.catalog import LoraConfig, shipped_models
 from outcrop.models.load import load_base
@@ -48,6 +49,8 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
     examples = read_examples(Path(work["examples"]))
     validation = read_examples(Path(work["validation"])) if work["validation"] else []
     options = dict(work["options"])
+    if "without" in options:
+        options |= WITHOUT[options.pop("without")](work["threads"])
     if "dtype" in options:
         options["dtype"] = TYPES[options["dtype"]]
     rows: list[StepRow] = []

@@ -46,7 +46,8 @@ class Contender:
     trainer: str = "outcrop"
     """"outcrop", "trl" or "reference" (a plain float32 loop over transformers and peft)."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `train(...)`, a type by its name; or of TRL's SFTConfig."""
+    """Of `train(...)`, a type by its name, and `without` with a name from `tricks.py`; or of TRL's
+    SFTConfig."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
