@@ -97,7 +97,12 @@ def test_a_model_whose_weights_were_all_trained_is_served_beside_the_base(
         bucket,
         name,
         baseModelIdentifier=TITAN,
-        hyperParameters={**HYPER, "learningRate": "0.0003", "method": "full"},
+        hyperParameters={
+            "epochCount": "1",
+            "batchSize": "8",
+            "learningRate": "0.0003",
+            "method": "full",
+        },
     )
     arn = service.client("bedrock").create_model_customization_job(**request)["jobArn"]
     job = service.wait_for_job(arn)
