@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,10 +19,17 @@ from tests.unit.jobs.memory_store import BUCKET, MemoryStore
 from tests.unit.store.build import ACCOUNT, BASE_ARN, REGION, claimed, queued
 from tests.unit.store.syncs import record_syncs
 
-from outcrop.errors import DataError, LeaseLost, StopRequested, ValidationException
+from outcrop.errors import (
+    DataError,
+    LeaseLost,
+    OutOfMemoryError,
+    StopRequested,
+    TrainingError,
+    ValidationException,
+)
 from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE, bootstrap
 from outcrop.ids import S3Uri, new_id, role_arn
-from outcrop.jobs import artifacts, customization
+from outcrop.jobs import artifacts, customization, reporting
 from outcrop.models.catalog import load_catalog
 from outcrop.models.describe import add_model
 from outcrop.models.lora import load_adapter
@@ -231,7 +239,7 @@ def test_stop_is_heard_between_the_stages(
         assert stage_statuses(engine, job) == expected
 
 
-@pytest.mark.parametrize("heard", [5, 7, 9, 12])
+@pytest.mark.parametrize("heard", [12, 19, 26])
 def test_interrupted_job_goes_on_where_it_was_to_the_same_model(
     settings: Settings,
     engine: Engine,
@@ -285,3 +293,94 @@ def test_attempt_that_lost_its_lease_publishes_nothing(
     with engine.connect() as connection:
         assert models.get_model(connection, ACCOUNT, REGION, "mine") is None
     assert not artifacts.model_folder(settings, job.spec["customModelId"], job.fence).exists()
+
+
+def taken_over(engine: Engine, job: Job) -> Job:
+    """The job after another worker has claimed it."""
+    with transaction(engine) as connection:
+        assert jobs.requeue(connection, job.id, job.fence, "taken away")
+        waiting = jobs.get_job_by_id(connection, job.id)
+        assert waiting is not None
+        return claimed(connection, waiting, "another")
+
+
+@pytest.mark.parametrize("heard", [2, 6, 18])
+def test_of_two_workers_that_believe_they_own_a_job_one_loses_before_it_writes_anything(
+    settings: Settings,
+    engine: Engine,
+    objects: MemoryStore,
+    monkeypatch: pytest.MonkeyPatch,
+    heard: int,
+) -> None:
+    """Bucket, rows and models stay as they were when the other one took the job."""
+    monkeypatch.setattr(reporting, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(reporting, "CSV_SECONDS", 0.0)
+    epochs = {"epochCount": "4", "batchSize": "8", "evalPercentage": "20"}
+    job = held(settings, engine, userHyperParameters=epochs)
+    asked = 0
+    seen: list[tuple[Job, dict[S3Uri, bytes], int]] = []
+
+    def lose() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == heard:
+            other = taken_over(engine, job)
+            with engine.connect() as connection:
+                last = events.list_events(connection, job.id)[-1].id
+            seen.append((other, dict(objects.content), last))
+        return False
+
+    with pytest.raises(LeaseLost):
+        customization.run(settings, engine, job, lose, objects=objects)
+    ((other, content, last),) = seen
+    assert objects.content == content
+    with engine.connect() as connection:
+        assert jobs.get_job_by_id(connection, job.id) == other
+        assert events.list_events(connection, job.id)[-1].id == last
+        assert models.get_model(connection, ACCOUNT, REGION, "mine") is None
+    assert not (settings.data_dir / "models" / "custom").exists()
+
+
+def test_data_that_changed_before_the_first_checkpoint_fails_the_job(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    first = held(settings, engine)
+    answer = iter([False, False, True]).__next__  # after the validation stage, before any step
+    with pytest.raises(StopRequested):
+        customization.run(settings, engine, first, answer, objects=objects)
+    second = taken_over(engine, first)
+    assert second.run_plan["data"].keys() == {str(TRAINING)}
+    objects.write(TRAINING, RECORDS.replace(b"yes", b"no!"))
+    with pytest.raises(TrainingError, match=rf"{TRAINING} changed while the job ran"):
+        customization.run(settings, engine, second, lambda: False, objects=objects)
+    assert stage_statuses(engine, second)[0] == "InProgress"
+
+
+def test_a_job_computes_with_what_its_first_attempt_decided(
+    settings: Settings, engine: Engine, objects: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = held(settings, engine)
+    answer = iter([False, False, True]).__next__
+    with pytest.raises(StopRequested):
+        customization.run(settings, engine, first, answer, objects=objects)
+    second = taken_over(engine, first)
+    decided = {"tokens": 640, "kept_tokens": 700}
+    with transaction(engine) as connection:
+        jobs.record_run_plan(
+            connection, second.id, second.fence, {**second.run_plan, "portions": decided}
+        )
+        again = jobs.get_job_by_id(connection, second.id)
+    assert again is not None
+    customization.run(settings, engine, again, lambda: False, objects=objects)
+    details = objects.content[artifacts.step_details_object(OUTPUT, first.id)].splitlines()
+    assert [json.loads(line)["microBatchTokens"] for line in details] == [640] * len(details)
+    assert [json.loads(line)["keptTokens"] for line in details] == [700] * len(details)
+
+
+def test_a_record_that_does_not_fit_into_memory_ends_the_first_stage_with_the_figures(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    job = dataclasses.replace(held(settings, engine), memory_bytes=1 << 20)
+    with pytest.raises(OutOfMemoryError, match=r"does not fit into memory.*0\.00 GiB are allowed"):
+        customization.run(settings, engine, job, lambda: False, objects=objects)
+    assert stage_statuses(engine, job) == ["InProgress", "NotStarted", "NotStarted"]
