@@ -2,8 +2,8 @@
 
     python -m benchmarks.training_memory [--weights FOLDER] [--methods adapter full]
 
-Each cell is a process of its own that takes real steps on the shipped model: one micro-batch a
-step, of so many tokens, of which so many carry loss. Its peak is what the kernel counted
+Each cell is a process of its own that takes real steps on the shipped model: two micro-batches a
+step, of so many tokens each, of which so many carry loss. Its peak is what the kernel counted
 (getrusage); beside it stands the most it could write to at a time, which is what the bound of a
 training process is held against. It trains on random tokens: memory does not depend on them.
 """
@@ -28,24 +28,19 @@ from outcrop.data.records import Example
 from outcrop.models.catalog import load_catalog
 from outcrop.models.weights import SHIPPED_KEY, ensure_weights
 from outcrop.settings import Settings
-from outcrop.train.memory import (
-    MEMORY_TOLERANCE,
-    ModelShape,
-    Portions,
-    bounded_memory,
-    computing_bytes,
-    held_bytes,
-    peak_memory_bytes,
-    predict_memory,
-)
+from outcrop.train.memory import Portions, bounded_memory, held_bytes, peak_memory_bytes
 from outcrop.train.plan import TrainPlan, make_plan
+from outcrop.train.prediction import MEMORY_TOLERANCE, ModelShape, computing_bytes, predict_memory
 
 METHODS = ("adapter", "full")
 TOKENS = (256, 1024, 2048, 4096)
 LOSS_SHARES = (0.1, 1.0)
 RECORD_TOKENS = (128, 0)
 """How long the records of a micro-batch are; 0 means one record as long as all of it."""
-STEPS = 3
+STEPS = 2
+MICRO_BATCHES = 2
+"""In a step: from the second on, gradients are held beside the activations."""
+LANES = 2
 SAMPLE_SECONDS = 0.01
 BASE = "amazon.titan-text-express-v1"
 
@@ -114,10 +109,10 @@ def _measure_all(weights: Path, methods: Sequence[str], tokens: Sequence[int]) -
         table.append(row)
     write_result(
         "training_memory",
-        f"Three steps of one micro-batch each, in a process of its own a row; numbers of "
-        f"{computing_bytes()} bytes. `peak` is the most that was resident (getrusage), `held` the "
-        "most that could be written to, less what could be after the imports: what the bound of a "
-        "training process counts. `foretold` is `predict_memory`.",
+        f"{STEPS} steps of {MICRO_BATCHES} micro-batches each, in a process of its own a row; "
+        f"numbers of {computing_bytes()} bytes. `peak` is the most that was resident (getrusage), "
+        "`held` the most that could be written to, less what could be after the imports: what the "
+        "bound of a training process counts. `foretold` is `predict_memory`.",
         table,
         f"The largest error is {max(errors):.1%}; {MEMORY_TOLERANCE:.0%} are promised. Not "
         "measured: other models than the one named in the command, a GPU, macOS.",
@@ -159,8 +154,9 @@ def _in_a_process(weights: Path, cell: Cell) -> Measured:
 
 def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
     from outcrop.train.loop import train
+    from outcrop.train.tuning import ThreadPlan
 
-    examples = _examples(cell, ModelShape.read(weights).vocabulary) * STEPS
+    examples = _examples(cell, ModelShape.read(weights).vocabulary)
     plan = _plan(cell, len(examples) // STEPS)
     peaks = []
     is_over = threading.Event()
@@ -169,13 +165,15 @@ def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
         while not is_over.wait(SAMPLE_SECONDS):
             peaks.append(held_bytes())
 
-    with bounded_memory(1 << 40, threads=2):
+    with bounded_memory(1 << 40, threads=LANES):
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         before, resident = held_bytes(), peak_memory_bytes()
         watcher = threading.Thread(target=sample, daemon=True)
         watcher.start()
-        train(plan, weights, examples, [], scratch, threads=2)
+        # A given use of the cores, so that no time goes into measuring the best one.
+        cores = ThreadPlan(lanes=LANES, row_threads=LANES, speedup=1.6)
+        train(plan, weights, examples, [], scratch, threads=LANES, thread_plan=cores)
     is_over.set()
     watcher.join()
     return Measured(peak_memory_bytes(), max(peaks) - before, resident)
@@ -188,15 +186,15 @@ def _examples(cell: Cell, vocabulary: int) -> list[Example]:
     mask = [place >= length - with_loss for place in range(length)]
     return [
         Example([draw.randrange(vocabulary) for _ in range(length)], mask)
-        for _ in range(cell.tokens // length)
+        for _ in range(STEPS * MICRO_BATCHES * (cell.tokens // length))
     ]
 
 
 def _plan(cell: Cell, batch_size: int) -> TrainPlan:
     base = load_catalog(Settings()).resolve(BASE)
     assert base is not None
-    plan = make_plan(base, "FINE_TUNING", {}, has_validation=False, method=cell.method)
-    changes: dict[str, Any] = {"num_epochs": 1, "batch_size": batch_size}
+    plan = make_plan(base, "FINE_TUNING", {}, has_validation=False)
+    changes: dict[str, Any] = {"method": cell.method, "num_epochs": 1, "batch_size": batch_size}
     return TrainPlan(**{**vars(plan), **changes})
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,9 @@ from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
-from outcrop.train.memory import ModelShape, Portions, bounded_memory
+from outcrop.train.memory import Portions, bounded_memory
 from outcrop.train.plan import TrainPlan, make_plan
+from outcrop.train.prediction import ModelShape
 
 if TYPE_CHECKING:
     from outcrop.train.loop import TrainResult
@@ -110,6 +112,7 @@ def run(
     # Here, because it brings torch and transformers: a job that fails before does not wait for
     # them, which takes seconds, and under load many.
     from outcrop.models.kernels import keep_kernels_in
+    from outcrop.train.device import choose_device
     from outcrop.train.loop import train
     from outcrop.train.tuning import ThreadPlan
 
@@ -124,7 +127,11 @@ def run(
     )
     work = artifacts.work_folder(settings, job.id, job.fence)
     recorded = job.run_plan.get(THREADS)
-    with bounded_memory(memory.given(settings, job.memory_bytes), job.cores):
+    device = choose_device(settings.train_device)
+    on_cpu = device.type == "cpu"
+    allowed = memory.given(settings, job.memory_bytes)
+    # A GPU's driver takes address space by the terabyte, and the bound is of no use to its memory.
+    with bounded_memory(allowed, job.cores) if on_cpu else nullcontext():
         result = train(
             plan,
             folder,
@@ -138,8 +145,9 @@ def run(
             on_portions=reporter.on_portions,
             should_stop=should_stop,
             threads=job.cores,  # what the queue set aside for it, on whatever machine
-            micro_batch_tokens=portions.tokens,
-            kept_tokens=portions.kept_tokens,
+            device=device,
+            micro_batch_tokens=portions.tokens if on_cpu else None,
+            kept_tokens=portions.kept_tokens if on_cpu else None,
             cuts=int(job.run_plan.get(memory.MEMORY_CUTS, 0)),
             thread_plan=ThreadPlan(**recorded) if recorded else None,
             thread_plans=artifacts.thread_plan_folder(settings),
@@ -263,7 +271,9 @@ def _settle(
     if recorded is not None:
         return Portions(**recorded)
     allowed = memory.given(settings, job.memory_bytes)
-    portions = memory.choose_portions(ModelShape.read(folder), plan, data.training, allowed)
+    portions = memory.choose_portions(
+        ModelShape.read(folder), plan, data.training, allowed, job.cores
+    )
     run_plan = {**job.run_plan, "portions": portions.described(), "data": digests.found}
     with transaction(engine) as connection:
         if not jobs.record_run_plan(connection, job.id, job.fence, run_plan):

@@ -19,17 +19,9 @@ from outcrop.data.records import Example
 from outcrop.errors import OutOfMemoryError
 from outcrop.models.catalog import BaseModel, LoraConfig
 from outcrop.models.weights import SHIPPED_KEY, weights_folder
-from outcrop.train.memory import (
-    KEPT_TOKENS,
-    LEAST_TOKENS,
-    MEMORY_TOLERANCE,
-    SHIPPED_SHAPE,
-    ModelShape,
-    Portions,
-    gibibytes,
-    predict_memory,
-)
+from outcrop.train.memory import KEPT_TOKENS, LEAST_TOKENS, Portions, gibibytes
 from outcrop.train.plan import TrainPlan
+from outcrop.train.prediction import MEMORY_TOLERANCE, SHIPPED_SHAPE, ModelShape, predict_memory
 
 if TYPE_CHECKING:
     from outcrop.settings import Settings
@@ -81,11 +73,15 @@ def model_shape(settings: Settings, weights: str) -> ModelShape:
     return ModelShape.read(folder)
 
 
-def asked_for(settings: Settings, base: BaseModel, plan: TrainPlan) -> int:
-    """Return the bytes that a job asks for: enough for the longest records that it may have."""
+def asked_for(settings: Settings, base: BaseModel, plan: TrainPlan, lanes: int) -> int:
+    """Return the bytes that a job asks for: enough for the longest records that it may have.
+
+    Args:
+        lanes: rows that are computed at the same time: one for each core of the job.
+    """
     limit = base.token_limit(plan.batch_size)
     longest = min(base.context_tokens, (limit and limit.total) or base.context_tokens)
-    needed = _needed(model_shape(settings, base.weights), plan, Portions(), longest)
+    needed = _needed(model_shape(settings, base.weights), plan, Portions(), longest, lanes)
     return round(needed * (1 + MEMORY_TOLERANCE))
 
 
@@ -95,20 +91,26 @@ def given(settings: Settings, asked: int) -> int:
 
 
 def choose_portions(
-    shape: ModelShape, plan: TrainPlan, examples: Sequence[Example], allowed: int
+    shape: ModelShape,
+    plan: TrainPlan,
+    examples: Sequence[Example],
+    allowed: int,
+    lanes: int = 2,
 ) -> Portions:
     """Return the largest useful portions that fit into the allowed bytes.
+
+    Args:
+        lanes: rows that are computed at the same time: one for each core of the job.
 
     Raises:
         OutOfMemoryError: not even the longest record fits alone; with the figures.
     """
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max((len(example.input_ids) for example in examples), default=1)
     for portions in _preferred(longest):
-        if _needed(shape, plan, portions, longest) <= allowed:
+        if _needed(shape, plan, portions, longest, lanes) <= allowed:
             return portions
-    raise OutOfMemoryError(
-        _refusal(examples, longest, _needed(shape, plan, portions, longest), allowed)
-    )
+    needed = _needed(shape, plan, portions, longest, lanes)
+    raise OutOfMemoryError(_refusal(examples, longest, needed, allowed))
 
 
 def _preferred(longest: int) -> Iterator[Portions]:
@@ -141,7 +143,9 @@ def _refusal(examples: Sequence[Example], longest: int, needed: int, allowed: in
     )
 
 
-def _needed(shape: ModelShape, plan: TrainPlan, portions: Portions, longest: int) -> int:
+def _needed(
+    shape: ModelShape, plan: TrainPlan, portions: Portions, longest: int, lanes: int
+) -> int:
     """Return the peak of a run with records of up to so many tokens, all of which carry loss."""
     sizes = {portions.tokens, min(longest, portions.kept_tokens), longest}
     return max(
@@ -149,6 +153,9 @@ def _needed(shape: ModelShape, plan: TrainPlan, portions: Portions, longest: int
             *(shape, plan.method, size, size),
             adapter=LoraConfig(plan.lora_rank, plan.lora_alpha, plan.lora_targets),
             is_recomputed=size > portions.kept_tokens,
+            # Up to the bound there may be several records, and so rows at the same time.
+            record_tokens=size // lanes if size <= portions.tokens else size,
+            lanes=lanes,
         )
         for size in sizes
         if 0 < size <= max(longest, portions.tokens)

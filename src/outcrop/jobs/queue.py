@@ -54,7 +54,8 @@ def job_needs(settings: Settings, base: BaseModel, plan: TrainPlan) -> tuple[int
     Raises:
         ModelError: the base's weights do not tell their shape.
     """
-    return settings.train_threads or CORES_A_JOB, asked_for(settings, base, plan)
+    cores = settings.train_threads or CORES_A_JOB
+    return cores, asked_for(settings, base, plan, cores)
 
 
 def claim_next(

@@ -1,4 +1,4 @@
-"""What a run takes of the memory: foretold, bounded, and made less where it does not suffice.
+"""The memory of a run: bounded, and made less where it does not suffice.
 
 A training process runs under a bound of its own, so that it meets an error that it can catch
 before the kernel ends it. It then cuts its steps into smaller portions: first fewer records at a
@@ -15,17 +15,13 @@ import gc
 import re
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
-from outcrop.errors import ModelError
-from outcrop.models.catalog import LoraConfig
-from outcrop.models.files import read_json
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -39,10 +35,6 @@ takes twice the time and more."""
 RECOMPUTED_SHARE = 0.25
 """What a token costs whose activations are computed again, next to one that keeps them: only to
 find out which micro-batch is the most expensive one."""
-MEMORY_TOLERANCE = 0.15
-"""`predict_memory` is this near to what is measured; benchmarks/training_memory.py measures it."""
-PROCESS_BYTES = 430 << 20
-"""Python, torch and transformers before anything is loaded."""
 
 _FULL = re.compile(
     # torch's allocator on the CPU; the C++ library; oneDNN, whose scratch memory was refused.
@@ -256,24 +248,6 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
-@cache
-def computing_bytes() -> int:
-    """Return the size of a number that this machine computes with: 2 (bfloat16) or 4 (float32).
-
-    As `models.load.compute_dtype` decides, but without torch, from what Linux tells of the
-    processor. Where it does not tell, 4 is taken, so that too much is foretold and not too little.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return 4
-    flags: set[str] = set()
-    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
-            flags = set(line.partition(":")[2].split())
-            break
-    return 2 if flags & {"avx512_bf16", "amx_tile", "bf16"} else 4
-
-
 def gibibytes(num_bytes: int) -> str:
     """Return a size for a message, as in "2.8 GiB"."""
     return f"{num_bytes / 2**30:.2f} GiB"
@@ -298,141 +272,3 @@ def recomputed_layers(model: LlamaForCausalLM) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The numbers of a model that memory depends on."""
-
-    vocabulary: int
-    width: int
-    """Of what layers hand on to each other."""
-    inner_width: int
-    """Inside a layer's feed-forward part."""
-    layers: int
-    query_width: int
-    """Of all heads together."""
-    key_width: int
-    """Of all heads of keys together; values have the same."""
-    is_tied: bool
-    """Whether one matrix is both the first and the last."""
-
-    @classmethod
-    def read(cls, folder: Path) -> ModelShape:
-        """Read it from the config.json of a folder of weights.
-
-        Raises:
-            ModelError: the file is missing or damaged, or lacks a number.
-        """
-        return cls.of(read_json(folder / "config.json"), str(folder))
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], where: str = "the model") -> ModelShape:
-        """Read it from a configuration as transformers writes it.
-
-        Raises:
-            ModelError: a number is missing.
-        """
-        try:
-            width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            head_width = int(config.get("head_dim") or width // heads)
-            return cls(
-                vocabulary=int(config["vocab_size"]),
-                width=width,
-                # Llama's kin name it; GPT-NeoX's too; where it is not named it is four times.
-                inner_width=int(config.get("intermediate_size") or 4 * width),
-                layers=int(config["num_hidden_layers"]),
-                query_width=heads * head_width,
-                key_width=int(config.get("num_key_value_heads") or heads) * head_width,
-                is_tied=bool(config.get("tie_word_embeddings", True)),
-            )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ModelError(
-                f"The config.json of {where} does not tell the model's shape: {error!r}"
-            ) from error
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Return inputs and outputs of each linear matrix of a layer."""
-        width, inner = self.width, self.inner_width
-        return {
-            "q_proj": (width, self.query_width),
-            "k_proj": (width, self.key_width),
-            "v_proj": (width, self.key_width),
-            "o_proj": (self.query_width, width),
-            "gate_proj": (width, inner),
-            "up_proj": (width, inner),
-            "down_proj": (inner, width),
-        }
-
-    @property
-    def parameters(self) -> int:
-        """All of them, but for norms and biases."""
-        a_layer = sum(inputs * outputs for inputs, outputs in self.linears().values())
-        return self.layers * a_layer + (1 if self.is_tied else 2) * self.vocabulary * self.width
-
-    def adapter_parameters(self, adapter: LoraConfig) -> int:
-        """Those of an adapter."""
-        linears = self.linears()
-        # Names of other families' layers are taken for the largest of these.
-        sums = [sum(linears.get(name, (self.width, self.inner_width))) for name in adapter.targets]
-        return self.layers * adapter.rank * sum(sums)
-
-
-SHIPPED_SHAPE = ModelShape(
-    vocabulary=49152,
-    width=576,
-    inner_width=1536,
-    layers=30,
-    query_width=576,
-    key_width=192,
-    is_tied=True,
-)
-"""The shipped model's, for the time before its weights are converted; a test compares it with them.
-"""
-
-
-def predict_memory(
-    shape: ModelShape,
-    method: str,
-    tokens: int,
-    loss_tokens: int,
-    *,
-    adapter: LoraConfig = LoraConfig(),  # noqa: B008 - frozen
-    number_bytes: int | None = None,
-    is_recomputed: bool = False,
-    record_tokens: int | None = None,
-) -> int:
-    """Return how many bytes a training process has resident at most, within MEMORY_TOLERANCE.
-
-    Args:
-        shape: the model's.
-        method: "adapter" or "full".
-        tokens: of the largest micro-batch.
-        loss_tokens: how many of them carry loss, at most.
-        adapter: what an adapter run trains.
-        number_bytes: of a frozen weight and of an activation; None takes this machine's.
-        is_recomputed: whether the micro-batch computes its activations twice.
-        record_tokens: of its longest record; None means that it has one only.
-    """
-    size = number_bytes or computing_bytes()
-    record = min(record_tokens or tokens, tokens)
-    weights = shape.parameters * size
-    if method == "adapter":
-        trained = shape.adapter_parameters(adapter) * 16
-    else:
-        # Master, gradient and both moments in float32; below that also the model's own gradient.
-        trained = shape.parameters * (12 if size == 4 else 16 + size)
-    one_layer = (
-        tokens
-        * size
-        * (8 * shape.width + 4 * shape.inner_width + 3 * shape.query_width + 4 * shape.key_width)
-    )
-    if is_recomputed:
-        kept = one_layer + shape.layers * tokens * size * shape.width
-    else:
-        kept = shape.layers * one_layer
-    if record <= 256 and not is_recomputed:
-        heads = shape.query_width // 64
-        kept += shape.layers * heads * tokens * record * size
-    head = min(loss_tokens, 512) * shape.vocabulary * (size + 8)
-    return PROCESS_BYTES + weights + trained + kept + head

@@ -21,8 +21,8 @@ from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, OutOfMemoryError
 from outcrop.evaluate.likelihood import perplexity
 from outcrop.models.catalog import LoraConfig
+from outcrop.train.device import peak_device_bytes
 from outcrop.train.memory import (
-    ModelShape,
     Portions,
     bound_bytes,
     gibibytes,
@@ -30,9 +30,9 @@ from outcrop.train.memory import (
     held_bytes,
     is_out_of_memory,
     peak_memory_bytes,
-    predict_memory,
 )
 from outcrop.train.metrics import StepRow
+from outcrop.train.prediction import ModelShape, predict_memory
 from outcrop.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Run:
             seconds=time.perf_counter() - started,
             learning_rate=rate,
             gradient_norm=norm,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak_device_bytes(self._trainable.masters[0].device),
             micro_batch_tokens=state.portions.tokens,
             kept_tokens=state.portions.kept_tokens,
         )
@@ -182,17 +182,17 @@ class Run:
         self._on_portions(portions, message)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is trained and the optimizer's moments, for a checkpoint."""
+        """Return what is trained and the optimizer's moments, on the CPU, for a checkpoint."""
         found = self.values()
         for number, master in enumerate(self._trainable.masters):
             moments = self._optimizer.state[master]
-            found |= {f"{number}.{name}": moments[name] for name in MOMENTS}
+            found |= {f"{number}.{name}": moments[name].cpu() for name in MOMENTS}
         return found
 
     def values(self) -> dict[str, Tensor]:
-        """Return what is trained."""
+        """Return what is trained, on the CPU."""
         masters = self._trainable.masters
-        return {f"{number}.value": master.detach() for number, master in enumerate(masters)}
+        return {f"{number}.value": master.detach().cpu() for number, master in enumerate(masters)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the tensors of a checkpoint."""

@@ -19,26 +19,25 @@ from tests.assets.tiny_model import tiny_model, write_tiny_model
 
 from outcrop.data.records import Example
 from outcrop.errors import OutOfMemoryError, StopRequested
+from outcrop.models.attention import BLOCK_ROWS, KEPT_KEYS
 from outcrop.models.catalog import LoraConfig
 from outcrop.models.load import compute_dtype
-from outcrop.train import loop
+from outcrop.models.passes import HEAD_CHUNK_TOKENS
+from outcrop.train import loop, prediction
 from outcrop.train.checkpoint import Keeper
 from outcrop.train.loop import TrainResult, train
 from outcrop.train.memory import (
-    SHIPPED_SHAPE,
-    ModelShape,
     Portions,
     bound_bytes,
     bounded_memory,
     check_room,
-    computing_bytes,
     held_bytes,
     is_out_of_memory,
-    predict_memory,
     spoils_the_process,
 )
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.prediction import SHIPPED_SHAPE, ModelShape, computing_bytes, predict_memory
 
 REPOSITORY = Path(__file__).parents[3]
 PLAN = TrainPlan(
@@ -382,6 +381,11 @@ def test_the_size_of_a_number_is_told_without_torch_as_torch_tells_it() -> None:
         assert computing_bytes() == 4
         return
     assert computing_bytes() == torch.finfo(compute_dtype()).bits // 8
+
+
+def test_what_is_counted_is_what_the_passes_hold() -> None:
+    assert HEAD_CHUNK_TOKENS["cpu"] == prediction.HEAD_TOKENS
+    assert prediction.KEPT_KEYS == KEPT_KEYS == 2 * BLOCK_ROWS
 
 
 def test_more_work_is_foretold_to_take_more_memory() -> None:
