@@ -93,6 +93,11 @@ class Settings:
     train_threads: int = _setting(
         "Threads of one training process; 0 means its share of the cores.", 0, minimum=0
     )
+    train_device: str = _setting(
+        "Where jobs train: auto takes a GPU if there is one; cpu, or cuda for a GPU.",
+        "auto",
+        form=(r"auto|cpu|cuda", "auto, cpu or cuda"),
+    )
     checkpoint_seconds: int = _setting(
         "Least time between two checkpoints of a running job, from which it goes on after an "
         "interruption. Writing them takes a hundredth of its time at most.",

@@ -38,12 +38,15 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
-def load_base(folder: Path, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+def load_base(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> LlamaForCausalLM:
     """Load the model of a folder, frozen and in evaluation mode.
 
     Args:
         folder: a folder with config.json and the weights as safetensors.
         dtype: the type to hold the weights in; None takes `compute_dtype()`.
+        device: where to hold them; None means the CPU.
     Raises:
         ModelError: the folder is not there, is incomplete, or is not a causal language model that
             the installed transformers knows.
@@ -76,5 +79,7 @@ def load_base(folder: Path, dtype: torch.dtype | None = None) -> LlamaForCausalL
         )
     model.requires_grad_(False)
     model.eval()
+    if device is not None:
+        model.to(device)
     loaded: LlamaForCausalLM = model
     return loaded

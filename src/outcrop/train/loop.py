@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested, TrainingError
 from outcrop.evaluate.likelihood import evaluate_likelihood, num_loss_tokens
@@ -27,15 +26,17 @@ from outcrop.models.artifact import folder_digest as folder_digest
 from outcrop.models.artifact import read_artifact
 from outcrop.models.kernels import are_compiled
 from outcrop.models.lanes import Lanes
-from outcrop.models.load import compute_dtype, load_base
+from outcrop.models.load import load_base
 from outcrop.models.lora import load_adapter
 from outcrop.train.batches import describe_batch, shuffled
 from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
+from outcrop.train.device import choose_device, default_portions, device_dtype, device_name
 from outcrop.train.gradients import gather_gradients, micro_batches
-from outcrop.train.memory import KEPT_TOKENS, Portions, check_room
+from outcrop.train.memory import Portions, check_room
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.prediction import ModelShape
 from outcrop.train.run import NOT_FINITE_ADVICE, Run
 from outcrop.train.schedule import evaluation_steps
 from outcrop.train.stopping import (
@@ -97,9 +98,10 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     seed: int = 0,
     threads: int = 0,
+    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    micro_batch_tokens: int = MAX_MICRO_BATCH_TOKENS,
-    kept_tokens: int = KEPT_TOKENS,
+    micro_batch_tokens: int | None = None,
+    kept_tokens: int | None = None,
     cuts: int = 0,
     thread_plan: ThreadPlan | None = None,
     thread_plans: Path | None = None,
@@ -126,10 +128,13 @@ def train(
         should_stop: asked between micro-batches; an unfinished step is thrown away.
         seed: decides the order of the records and the adapter's first values.
         threads: threads to compute with; 0 means all cores of this process.
-        dtype: the type of the frozen weights; None takes this machine's fastest.
+        device: where to compute; None takes a GPU if there is one.
+        dtype: the type of the frozen weights; None takes the device's fastest.
         micro_batch_tokens: tokens of one forward and backward pass. It bounds memory, and the time
-            until `should_stop` is heard; but for rounding it does not change the result.
-        kept_tokens: a micro-batch of more tokens than this computes its activations twice.
+            until `should_stop` is heard; but for rounding it does not change the result. None
+            takes what suits the device.
+        kept_tokens: a micro-batch of more tokens than this computes its activations twice; None
+            likewise.
         cuts: how often an earlier try was ended for its memory; portions are made smaller as often.
         thread_plan: how the cores are used, as an earlier try used them; None takes the one that is
             kept for this machine and model, or measures it.
@@ -148,7 +153,8 @@ def train(
         NonFiniteLossError: a loss or gradient became NaN or infinite; the message names the step.
         OutOfMemoryError: one record alone does not fit into memory.
         StopRequested: `should_stop` answered True. No artifact is written.
-        TrainingError: the data is not what the newest checkpoint was made with.
+        TrainingError: the data is not what the newest checkpoint was made with, or the device is
+            not there.
         ModelError: the base cannot be loaded.
     """
     started = time.perf_counter()
@@ -159,9 +165,18 @@ def train(
     threads = threads or available_cores()
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    dtype = dtype or compute_dtype()
-    model, trainable = _load(plan, folder, parent, dtype, seed)
-    if thread_plan is None:
+    device = device or choose_device()
+    dtype = dtype or device_dtype(device)
+    model, trainable = _load(plan, folder, parent, dtype, device, seed)
+    portions = default_portions(device, ModelShape.of(model.config.to_dict()), plan)
+    portions = Portions(
+        portions.tokens if micro_batch_tokens is None else micro_batch_tokens,
+        portions.kept_tokens if kept_tokens is None else kept_tokens,
+    )
+    if device.type == "cuda":
+        # One row at a time, whatever the job used before on a CPU.
+        thread_plan = assumed_threads(1, has_lanes=False)
+    elif thread_plan is None:
         if threads == 1 or thread_plans is None:
             thread_plan = assumed_threads(threads, has_lanes=trainable.flat is not None)
         else:
@@ -173,11 +188,12 @@ def train(
         *(plan, examples, validation),
         seed=seed,
         threads=threads,
+        device=device_name(device),
         dtype=dtype,
-        micro_batch_tokens=micro_batch_tokens,
-        kept_tokens=kept_tokens,
+        micro_batch_tokens=portions.tokens,
+        kept_tokens=portions.kept_tokens,
         thread_plan=thread_plan,
-        compiled=are_compiled(dtype),
+        compiled=device.type == "cpu" and are_compiled(dtype),
         parent=None if parent is None else folder_digest(parent),
     )
     found = newest_checkpoint(earlier, identity)
@@ -202,7 +218,7 @@ def train(
         return micro_batches(trainable, records, portions, lanes)
 
     if found is None:
-        state.portions = Portions(micro_batch_tokens, kept_tokens)
+        state.portions = portions
     run = Run(plan, trainable, state, total_steps, gather, lay, on_portions)
     if found is not None:
         run.restore(found.tensors)
@@ -299,13 +315,18 @@ def train(
 
 
 def _load(
-    plan: TrainPlan, folder: Path, parent: Path | None, dtype: torch.dtype, seed: int
+    plan: TrainPlan,
+    folder: Path,
+    parent: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
 ) -> tuple[LlamaForCausalLM, Trainable]:
     """Load what is trained: the base model, or the custom model that training goes on from."""
     if parent is None:
-        model = load_base(folder, dtype)
+        model = load_base(folder, dtype, device)
         return model, make_trainable(model, plan, seed)
     artifact = read_artifact(parent)
-    model = load_base(artifact.weights or folder, dtype)
+    model = load_base(artifact.weights or folder, dtype, device)
     start = None if artifact.adapter is None else load_adapter(artifact.adapter)
     return model, make_trainable(model, plan, seed, start=start, whole=artifact.weights)

@@ -96,7 +96,8 @@ class Trainable:
             save_adapter(adapter, folder, self.plan.base_model)
             return
         # Copies, because safetensors takes views into one vector for tensors that are shared.
-        tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        state = self.model.state_dict()
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         for name in self.model.all_tied_weights_keys:
             tensors.pop(name, None)
         self.model.save_pretrained(folder, state_dict=tensors, safe_serialization=True)
