@@ -41,9 +41,16 @@ logger = logging.getLogger(__name__)
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
-    *("-O3", "-march=native", "-std=c11", "-fPIC", "-fopenmp", "-ffp-contract=fast"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+    *("-O3", "-std=c11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-signed-zeros", "-fassociative-math"),
 )
+MACHINE_FLAGS = (
+    ("-march=native", "-fopenmp"),
+    ("-march=native", "-fopenmp-simd"),
+    ("-mcpu=native", "-fopenmp-simd"),
+    ("-fopenmp-simd",),
+)
+"""The first that the compiler takes are used: not every one has OpenMP, or knows its machine."""
 COMPILE_SECONDS = 60.0
 TYPES = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
 SIGNATURES = {
@@ -455,8 +462,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     source = (resources.files("outcrop.models") / "kernels.c").read_bytes()
     flags = (*FLAGS, *TYPES[dtype])
-    key = hashlib.sha256(source + repr((flags, processor(), compiler)).encode()).hexdigest()[:20]
-    file = folder / f"kernels-{key}.so"
+    key = hashlib.sha256(source + repr((flags, MACHINE_FLAGS, processor())).encode()).hexdigest()
+    file = folder / f"kernels-{key[:20]}.so"
     try:
         if not file.is_file():
             if compiler is None:
@@ -479,19 +486,25 @@ def _compile(compiler: str, flags: Sequence[str], source: bytes, file: Path) -> 
     """Write the shared library, whole or not at all; others may do the same at the same time."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        code, made = Path(scratch, "kernels.c"), Path(scratch, "kernels.o")
+        code, made, linked = (Path(scratch, f"kernels.{kind}") for kind in ("c", "o", "so"))
         code.write_bytes(source)
-        for command in (
-            [compiler, *flags, "-c", str(code), "-o", str(made)],
-            # Not linked with OpenMP: torch has brought its own, and two would fight for the cores.
-            [compiler, "-shared", str(made), "-o", str(made.with_suffix(".so")), "-lm"],
-        ):
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-            )
-            if done.returncode != 0:
-                raise OSError(f"{Path(compiler).name} failed: {done.stderr[-500:]}")
-        made.with_suffix(".so").rename(file)
+        for machine_flags in MACHINE_FLAGS:
+            refused = _run([compiler, *flags, *machine_flags, "-c", str(code), "-o", str(made)])
+            if not refused:
+                break
+        # Not linked with OpenMP: torch has brought its own, and two would fight for the cores.
+        refused = refused or _run([compiler, "-shared", str(made), "-o", str(linked), "-lm"])
+        if refused:
+            raise OSError(f"{Path(compiler).name} failed: {refused}")
+        linked.rename(file)
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a compiler; return the end of what it complained of, nothing where it succeeded."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+    )
+    return "" if done.returncode == 0 else done.stderr[-500:] or f"exit code {done.returncode}"
 
 
 @cache
