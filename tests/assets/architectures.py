@@ -77,6 +77,7 @@ class Architecture:
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
         """A model with its own numbers, frozen and in evaluation mode."""
         torch.manual_seed(seed)
+        assert not in_float64(), "the rotation's frequencies are float32, as they are in a run"
         model: Any = transformers.AutoModelForCausalLM.from_config(self.config)
         draw = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -86,6 +87,11 @@ class Architecture:
         model.to(dtype).requires_grad_(False).eval()
         found: LlamaForCausalLM = model
         return found
+
+
+def in_float64() -> bool:
+    """Whether this is inside `InFloat64`."""
+    return torch.ones(1).float().dtype == torch.float64
 
 
 def _llama(**changes: Any) -> Architecture:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from outcrop.models.artifact import ADAPTER_FOLDER, copy_weights
 from outcrop.models.decoder import make_decoder
+from outcrop.models.kernels import wide
 from outcrop.models.lora import (
     Adapter,
     LoraConfig,
@@ -143,7 +144,7 @@ def make_trainable(
     model.requires_grad_(True)
     live, masters = [], []
     for name, parameter in model.named_parameters():
-        is_master = parameter.dtype == torch.float32
+        is_master = parameter.dtype == wide(parameter.dtype)
         master = parameter if is_master else parameter.detach().float().requires_grad_(True)
         if name in changes:
             with torch.no_grad():
