@@ -56,16 +56,23 @@ class Fused:
         # Of a single row torch.compile would make a kernel of its own.
         if first.device.type != self._device_type or first.shape[0] < 2:
             return self._plain(*arguments)
+        # All that torch.compile looks at, but for the number of rows: where any of it differs, it
+        # would compile anew by itself, and for that number of rows alone.
         key = tuple(
             argument
             if not isinstance(argument, Tensor)
-            else (argument.dtype, *argument.shape[1 if place in self._rows else 0 :])
+            else (
+                argument.dtype,
+                argument.stride(),
+                *argument.shape[1 if place in self._rows else 0 :],
+            )
             for place, argument in enumerate(arguments)
         )
-        function = self._compiled.get(key)
-        if function is None:
-            function = self._compiled[key] = self._compile(arguments)
-        return function(*arguments)
+        with torch.no_grad():
+            function = self._compiled.get(key)
+            if function is None:
+                function = self._compiled[key] = self._compile(arguments)
+            return function(*arguments)
 
     def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         import torch._inductor.config as inductor
