@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 
 import pytest
-from tests.e2e.service import PUBLISHED, Service, keys, refusal, wait_for
+from tests.e2e.service import JOB_SECONDS, PUBLISHED, TITAN, Service, keys, refusal, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -61,6 +62,42 @@ def test_a_running_job_stops_and_the_next_one_takes_its_place(
     assert (error.code, error.status) == ("ConflictException", 400)
     assert "Stopped" in error.message
     assert bedrock.list_custom_models(nameContains=name)["modelSummaries"] == []
+
+
+@pytest.mark.slow
+def test_a_job_stops_in_the_middle_of_a_long_record(
+    service: Service, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    """A step of one record near the limit takes longer than a stop may; it is not waited for."""
+    bucket = f"{name}-long"
+    text = " ".join(f"part {number}" for number in range(330))
+    line = json.dumps({"prompt": text, "completion": f" {text}"}).encode() + b"\n"
+    s3 = service.client("s3")
+    s3.create_bucket(Bucket=bucket)
+    s3.put_object(Bucket=bucket, Key="train.jsonl", Body=line * 12)
+    arn = service.create_job(
+        bucket,
+        name,
+        baseModelIdentifier=TITAN,
+        hyperParameters={"epochCount": "1", "batchSize": "1"},
+        validationDataConfig=None,
+    )
+    job_id = arn.rpartition("/")[2]
+    log = service.data_dir / "logs" / "jobs" / f"{job_id}.log"
+    wait_for(
+        lambda: log.is_file() and "step 0 of 12 begins" in log.read_text(encoding="utf-8"),
+        JOB_SECONDS,
+        "the first step to begin",
+    )
+    stopped_at = time.monotonic()
+    service.client("bedrock").stop_model_customization_job(jobIdentifier=arn)
+    assert service.wait_for_job(arn, 60.0)["status"] == "Stopped"
+    seconds = time.monotonic() - stopped_at
+    record_property("seconds until a job had stopped in a long record", round(seconds, 2))
+    assert seconds < STOP_SECONDS + NOISE_SECONDS
+    said = log.read_text(encoding="utf-8")
+    assert "stopped by its owner" in said, "it heard the request itself and was not killed"
+    assert service.progress(arn).get("step", 0) == 0
 
 
 @pytest.mark.slow

@@ -271,6 +271,7 @@ def train(
 
     try:
         evaluate_if_due()
+        logger.info("step %d of %d begins", state.steps, total_steps)
         while state.steps < total_steps and not is_over(state, plan.early_stopping):
             epoch, step_of_epoch = divmod(state.steps, steps_per_epoch)
             order = shuffled(len(examples), seed, epoch)
