@@ -166,6 +166,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"num_key_value_heads": None, "tie_word_embeddings": True, "use_parallel_residual": False},
         linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     ),
+    "granite": Architecture(
+        "Granite",
+        {
+            "logits_scaling": 3.0,
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "cohere": Architecture("Cohere", {"logit_scale": 0.2, "use_qk_norm": True}),
+    "olmo2": Architecture("Olmo2"),
+    "smollm3": Architecture("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "starcoder2": Architecture(
+        "Starcoder2",
+        {"sliding_window": WINDOW},
+        linears=("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+    ),
 }
 """What is tried in every respect; the first of each family is its plain form."""
 

@@ -1,10 +1,11 @@
 """Attention for packed rows: each record of a row attends to itself only.
 
-Registers a function with transformers, which any of its models can then be told to use. The row's
-record lengths come with the call. Who sees whom inside a record is the model's own rule (causal,
-with a sliding window, in chunks): it is asked for places that begin anew with each record. What
-torch offers ready-made is kept for long records; for short ones it is slow on a CPU (its backward
-pass makes many tiny matrix products), so those are computed with a few larger ones.
+Registers a function with transformers, which any of its models can then be told to use. Who sees
+whom inside a record is the model's own rule (causal, with a sliding window, in chunks): it is asked
+for places that begin anew with each record. The rule goes through the model in the place of a mask,
+and the lengths of the row's records with it. What torch offers ready-made is kept for long records;
+for short ones it is slow on a CPU (its backward pass makes many tiny matrix products), so those are
+computed with a few larger ones.
 
 A model that cannot be packed so is refused, never computed wrongly: before its first row, two short
 records are computed together and each alone with the model's own attention, and what a model hands
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -52,6 +54,8 @@ PROBE_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far the hidden states of the try may differ, of their length; 0.001 for wider numbers, in
 which transformers' norms still compute in float32."""
 
+_lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
+"""Tokens of each record of the row that is being computed."""
 _tried: WeakSet[nn.Module] = WeakSet()
 
 
@@ -80,27 +84,34 @@ def packed_states(
 
     The model must be inside `packed_attention`.
     """
-    decoder: Any = model.base_model
+    decoder: Any = model.get_decoder()
     device = decoder.device
-    hidden_BTD: Tensor = decoder(
-        input_ids=torch.tensor([input_ids], device=device),
-        position_ids=torch.tensor([position_ids], device=device),
-        # Nothing is filled up. Without it, transformers would look for records by itself.
-        attention_mask=torch.ones(1, len(input_ids), dtype=torch.long, device=device),
-        segment_lengths=segment_lengths,
-        use_cache=False,
-    ).last_hidden_state
+    token = _lengths.set(tuple(segment_lengths))
+    try:
+        hidden_BTD: Tensor = decoder(
+            input_ids=torch.tensor([input_ids], device=device),
+            position_ids=torch.tensor([position_ids], device=device),
+            # Nothing is filled up. Without it, transformers would look for records by itself.
+            attention_mask=torch.ones(1, len(input_ids), dtype=torch.long, device=device),
+            use_cache=False,
+        ).last_hidden_state
+    finally:
+        _lengths.reset(token)
     return hidden_BTD[0]
 
 
 class Rule:
     """Who sees whom inside a record, as a model asks for it."""
 
-    def __init__(self, sees: Callable[..., Tensor], device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], sees: Callable[..., Tensor], device: torch.device
+    ) -> None:
         """
         Args:
+            lengths: of the row's records, in tokens.
             sees: (row, head, places of queries, places of keys) -> whether they see them.
         """
+        self.lengths = list(lengths)
         self._sees, self._device = sees, device
         self._seen_SS = torch.zeros(0, 0, dtype=torch.bool)
         self._num_causal = 0
@@ -129,7 +140,10 @@ def make_rule(
     """
     if use_vmap:
         raise ModelError("who sees whom is not told by places in a record alone.")
-    return Rule(mask_function, device)
+    lengths = _lengths.get(())
+    if not lengths:
+        raise ModelError("its attention is asked for outside of its decoder.")
+    return Rule(lengths, mask_function, device)
 
 
 def attend(
@@ -137,9 +151,8 @@ def attend(
     query_BNTH: Tensor,
     key_BGTH: Tensor,
     value_BGTH: Tensor,
-    attention_mask: Rule | None,
+    attention_mask: Rule,
     *,
-    segment_lengths: Sequence[int],
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -147,14 +160,14 @@ def attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attention's output, (B, T, N, H), for records of the given lengths in a row.
+    """Return the attention's output, (B, T, N, H), for the records of a row.
 
     Args:
-        attention_mask: the model's rule; None for all up to a query's own place.
+        attention_mask: the model's rule, with the records' lengths.
         scaling: what scores are multiplied by; None means 1 / sqrt(H).
         dropout: must be 0: nothing here is trained with it.
         softcap: scores go through softcap * tanh(score / softcap), after the scaling.
-        sliding_window: is in the rule already, and so must be None where there is none.
+        sliding_window: is in the rule already.
         others: must be known to have no effect, or be None.
     Raises:
         ModelError: the model wants something of attention that is not done here.
@@ -166,15 +179,12 @@ def attend(
         raise ModelError(f"its attention takes {', '.join(strange)}, which is not known here.")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise ModelError("its attention looks to both sides.")
-    if not isinstance(attention_mask, Rule) and (attention_mask, sliding_window) != (None, None):
+    if not isinstance(attention_mask, Rule):
         raise ModelError("its attention has a mask that is not made by transformers' rules.")
     scale = query_BNTH.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = list(segment_lengths)
+    lengths = attention_mask.lengths
     outputs = [
-        _one_record(
-            *(query, key, value, scale, softcap),
-            None if attention_mask is None else attention_mask.seen(query.shape[2]),
-        )
+        _one_record(query, key, value, scale, softcap, attention_mask.seen(query.shape[2]))
         for query, key, value in zip(
             query_BNTH.split(lengths, dim=2),
             key_BGTH.split(lengths, dim=2),
@@ -280,7 +290,7 @@ def _try(model: LlamaForCausalLM) -> None:
     first, second = PROBE_LENGTHS
     ids = [number % model.config.vocab_size for number in range(3, 3 + first + second)]
     places = [*range(first), *range(second)]
-    decoder: Any = model.base_model
+    decoder: Any = model.get_decoder()
     try:
         with _attention_of(model, PACKED_ATTENTION):
             together_TD = packed_states(model, ids, places, PROBE_LENGTHS)
@@ -292,8 +302,12 @@ def _try(model: LlamaForCausalLM) -> None:
                 for part in (ids[:first], ids[first:])
             ]
         )
-    except (ModelError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except ModelError as error:
         raise ModelError(f"{cannot}{error}") from error
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"{cannot}its definition in transformers does not let attention be replaced."
+        ) from error
     together_TD, alone_TD = together_TD.double(), alone_TD.double()
     difference_T = (together_TD - alone_TD).norm(dim=1) / alone_TD.norm(dim=1)
     tolerance = PROBE_TOLERANCE.get(model.dtype, 1e-3)

@@ -32,7 +32,7 @@ from outcrop.data.pack import (
     lay_row,
     pack,
 )
-from outcrop.errors import EmptyLossError, StopRequested
+from outcrop.errors import EmptyLossError, ModelError, StopRequested
 from outcrop.evaluate.attention import packed_attention, packed_states
 from outcrop.models.decoder import Decoder, make_decoder
 from outcrop.models.kernels import wide
@@ -220,15 +220,30 @@ class _Given:
 
 
 def _own_scores(model: LlamaForCausalLM, hidden_LD: Tensor) -> Tensor:
-    """Return the scores over the vocabulary as the model's own code computes them, (L, V)."""
-    decoder: Any = model.base_model
+    """Return the scores over the vocabulary as the model's own code computes them, (L, V).
+
+    Raises:
+        ModelError: the model does not compute them from what its decoder returns.
+    """
+    decoder: Any = model.get_decoder()
+    given = []
+
+    def give(*_: Any, **__: Any) -> _Given:
+        given.append(_Given(hidden_LD[None]))
+        return given[0]
+
     # The model's forward is its decoder's, and then the head: for once, the decoder gives these.
-    decoder.forward = lambda *_, **__: _Given(hidden_LD[None])
+    decoder.forward = give
     try:
         ids_BL = torch.zeros(1, len(hidden_LD), dtype=torch.long, device=hidden_LD.device)
         scores_BLV: Tensor = model(input_ids=ids_BL, use_cache=False).logits
     finally:
         del decoder.forward
+    if len(given) != 1 or scores_BLV.shape[:2] != ids_BL.shape:
+        raise ModelError(
+            f"A {model.config.model_type} model cannot be trained or evaluated here: its scores "
+            "are not computed from what its decoder returns."
+        )
     return scores_BLV[0]
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from tests.assets.architectures import COMMON, Architecture
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from outcrop.evaluate.attention import SHORT_RECORD_TOKENS, attend
+from outcrop.data.records import Example
+from outcrop.errors import ModelError
+from outcrop.evaluate.attention import SHORT_RECORD_TOKENS, Rule, attend
+from outcrop.evaluate.likelihood import evaluate_likelihood
 
 NUM_HEADS, NUM_GROUPS, WIDTH = 6, 2, 16
 
@@ -18,6 +26,19 @@ def row(length: int) -> tuple[Tensor, Tensor, Tensor]:
         for heads in (NUM_HEADS, NUM_GROUPS, NUM_GROUPS)
     )
     return query, key, value
+
+
+def causal(lengths: list[int]) -> Rule:
+    """The rule that a model asks for, as transformers writes it."""
+    return Rule(lengths, lambda _, __, query, key: key <= query, torch.device("cpu"))
+
+
+def windowed(lengths: list[int], window: int) -> Rule:
+    return Rule(
+        lengths,
+        lambda _, __, query, key: (key <= query) & (key > query - window),
+        torch.device("cpu"),
+    )
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
@@ -40,7 +61,7 @@ def masked(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Ten
 )
 def test_output_and_gradients_equal_those_of_a_block_diagonal_mask(lengths: list[int]) -> None:
     tensors = row(sum(lengths))
-    output, _ = attend(nn.Module(), *tensors, None, segment_lengths=lengths)
+    output, _ = attend(nn.Module(), *tensors, causal(lengths))
     weight = torch.randn_like(output)
     found = torch.autograd.grad(output, tensors, weight)
 
@@ -53,13 +74,101 @@ def test_output_and_gradients_equal_those_of_a_block_diagonal_mask(lengths: list
 
 def test_scaling_is_the_callers() -> None:
     query, key, value = row(7)
-    plain, _ = attend(nn.Module(), query, key, value, None, segment_lengths=[7])
-    doubled, _ = attend(
-        nn.Module(), query / 2, key, value, None, segment_lengths=[7], scaling=2 * WIDTH**-0.5
-    )
+    plain, _ = attend(nn.Module(), query, key, value, causal([7]))
+    doubled, _ = attend(nn.Module(), query / 2, key, value, causal([7]), scaling=2 * WIDTH**-0.5)
     torch.testing.assert_close(doubled, plain)
 
 
 def test_lengths_must_fill_the_row() -> None:
     with pytest.raises(RuntimeError):
-        attend(nn.Module(), *row(7), None, segment_lengths=[3, 3])
+        attend(nn.Module(), *row(7), causal([3, 3]))
+
+
+@pytest.mark.parametrize("lengths", [[4], [3, 9, 5, 20], [SHORT_RECORD_TOKENS + 9, 7]])
+@pytest.mark.parametrize(("window", "softcap"), [(5, None), (1, None), (5, 2.0), (10**6, 2.0)])
+def test_windows_and_capped_scores_are_those_of_the_plain_formula(
+    lengths: list[int], window: int, softcap: float | None
+) -> None:
+    tensors = row(sum(lengths))
+    output, _ = attend(nn.Module(), *tensors, windowed(lengths, window), softcap=softcap)
+    weight = torch.randn_like(output)
+    found = torch.autograd.grad(output, tensors, weight)
+
+    query, key, value = tensors
+    scores = query @ key.repeat_interleave(3, dim=1).transpose(2, 3) * WIDTH**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    record = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(sum(lengths))
+    inside = (record[:, None] == record[None, :]).tril()
+    inside &= place[None, :] > place[:, None] - window
+    shown = scores.masked_fill(~inside, float("-inf"))
+    wanted = (shown.softmax(-1) @ value.repeat_interleave(3, dim=1)).transpose(1, 2)
+    expected = torch.autograd.grad(wanted, tensors, weight)
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    for gradient, standard in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, standard, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rule_is_plain_up_to_where_a_window_begins_to_matter() -> None:
+    rule = windowed([9, 3], 4)
+    assert rule.seen(4) is None
+    seen = rule.seen(9)
+    assert seen is not None
+    assert seen.sum(1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
+    assert rule.seen(4) is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"s_aux": torch.zeros(NUM_HEADS)}, "takes s_aux, which is not known here"),
+        ({"position_bias": torch.zeros(1)}, "takes position_bias"),
+        ({"is_causal": False}, "looks to both sides"),
+    ],
+)
+def test_what_is_not_known_of_attention_is_refused(extra: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        attend(nn.Module(), *row(3), causal([3]), **extra)
+    attend(nn.Module(), *row(3), causal([3]), position_ids=torch.arange(3), s_aux=None)
+
+
+def test_a_mask_of_another_make_is_refused() -> None:
+    mask: Any = torch.ones(1, 1, 3, 3)
+    with pytest.raises(ModelError, match="not made by transformers' rules"):
+        attend(nn.Module(), *row(3), mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("Mamba", {"state_size": 4}, "records in one row would not be independent"),
+        ("Bloom", {}, "does not let attention be replaced"),
+        ("GPTJ", {"rotary_dim": 4}, "does not let attention be replaced"),
+        (
+            "Gemma3Text",
+            {"head_dim": 8, "use_bidirectional_attention": True},
+            "not told by places in a record alone|looks to both sides",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_packed_is_refused_and_left_as_it_was(
+    kind: str, changes: dict[str, Any], says: str
+) -> None:
+    model = Architecture(kind, changes).model(dtype=torch.float32)
+    before = model.config._attn_implementation
+    with pytest.raises(ModelError, match=rf"A \w+ model cannot be trained .*({says})"):
+        evaluate_likelihood(model, [Example([5, 6, 7], [False, True, True])])
+    assert model.config._attn_implementation == before
+
+
+def test_a_head_whose_scores_are_made_elsewhere_is_refused() -> None:
+    class Elsewhere(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, **others: Any) -> Any:
+            scores = self.lm_head(self.model.embed_tokens(input_ids))
+            return CausalLMOutputWithPast(logits=scores)
+
+    torch.manual_seed(0)
+    model = Elsewhere(LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True))
+    with pytest.raises(ModelError, match="not computed from what its decoder returns"):
+        evaluate_likelihood(model, [Example([5, 6, 7], [False, True, True])])
