@@ -46,6 +46,9 @@ class FlatTensors:
     """The same, rounded to the matrices' type, B times the adapter's scaling."""
     norms: Tensor
     """Norms and biases as they are computed with: rounded as they will be published, then wide."""
+    gradient: Tensor
+    """Room for the masters' gradient: to ask the system for it in every step takes longer than to
+    fill it."""
     num_matrices: int
     """Numbers that belong to matrices; they come first, then embeddings, then norms and biases."""
     scaled_from: int
@@ -73,7 +76,7 @@ class FlatTensors:
         count, master = self.num_matrices, self.master
         with torch.no_grad():
             if master.grad is None:
-                master.grad = torch.empty_like(master)
+                master.grad = self.gradient
                 master.grad[:count].copy_(gradients.matrices)
                 master.grad[count:].copy_(gradients.rest)
             else:
@@ -133,6 +136,7 @@ def flatten(decoder: Decoder, method: str, scaling: float) -> FlatTensors:
         decoder = _take_over_weights(decoder, masters, live)
     flat = FlatTensors(
         *(replace(decoder, work=computing), method, master, work, norms),
+        gradient=torch.empty_like(master, requires_grad=False),
         num_matrices=parts[0],
         scaled_from=sizes.num_a if method == "adapter" else parts[0],
         scaling=scaling,
