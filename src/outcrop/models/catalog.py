@@ -324,4 +324,7 @@ def _operator_model(entry: OperatorEntry, models: Mapping[str, BaseModel]) -> Ba
         ) from None
     if model_id not in models:
         like = replace(like, model_id=model_id, customization_id=model_id, aliases=())
-    return replace(like, **real, weights=entry.key, context_tokens=context)
+    # Entries from before other architectures than Llama's kin were known do not name the layers.
+    targets = tuple(map(str, table.get("adapter_targets", like.lora.targets)))
+    lora = replace(like.lora, targets=targets)
+    return replace(like, **real, weights=entry.key, context_tokens=context, lora=lora)

@@ -15,6 +15,7 @@ from typing import Any
 
 from outcrop.errors import ModelError
 from outcrop.models.catalog import (
+    ALL_LINEARS,
     OWN_HYPER_PARAMETERS,
     BaseModel,
     families,
@@ -25,7 +26,9 @@ from outcrop.models.files import read_json
 from outcrop.models.operator import (
     catalog_folder,
     check_folder,
+    context_tokens,
     folder_digest,
+    linear_layers,
     operator_entry,
 )
 from outcrop.models.tokenizer import Tokenizer
@@ -122,7 +125,7 @@ def add_model(
         "license": license,
         "quantization": f"as in the folder ({config.get('torch_dtype') or config.get('dtype')})",
         "origin": "a folder of the operator",
-        "context_tokens": config["max_position_embeddings"],
+        "context_tokens": context_tokens(folder, config),
         "weights": {
             "key": f"folder-{digest[:16]}",
             "folder": str(folder),
@@ -130,6 +133,9 @@ def add_model(
             "files": {file.name: file.stat().st_size for file in files},
         },
     }
+    layers = linear_layers(files)
+    if layers and set(layers) != set(ALL_LINEARS):
+        entry["adapter_targets"] = list(layers)
     _write_entry(catalog_folder(settings) / f"{_file_stem(model_id)}.toml", entry)
     added = load_catalog(settings).resolve(model_id)
     assert added is not None
@@ -194,6 +200,6 @@ def _table_lines(name: str, table: dict[str, Any]) -> list[str]:
     return ["", f"[{name}]", *plain, *nested]
 
 
-def _toml(value: str | int) -> str:
+def _toml(value: str | int | list[str]) -> str:
     # A JSON string in ASCII is a TOML basic string, but for the escape of half a surrogate pair.
     return json.dumps(value)

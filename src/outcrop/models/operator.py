@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,14 +20,23 @@ from outcrop.errors import ModelError
 from outcrop.models.files import read_json
 from outcrop.settings import Settings
 
-KNOWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""What is trained and served: adapters know the names of these models' layers."""
+KNOWN_ARCHITECTURES = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+    *("PhiForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM"),
+    *("GraniteForCausalLM", "CohereForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM"),
+    "Starcoder2ForCausalLM",
+)
+"""What is trained and served. Tests compare the losses, gradients and answers of each with those of
+transformers' own definition."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 MAX_HEADER_BYTES = 100_000_000
 """Source: the safetensors format's own limit."""
-NEEDED_NUMBERS = ("vocab_size", "max_position_embeddings")
-"""Keys of config.json that a model is described by."""
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
+"""What architectures call the number of tokens that they can hold; GPT-2 the second."""
+_LAYER_WEIGHT = re.compile(r"\.\d+\.(?:.+\.)?(\w+)\.weight")
+"""A weight inside one of the numbered layers: the last part of its module's name."""
 _REMEDY = "Put it back, or add the folder again."
 
 
@@ -132,9 +142,9 @@ def check_folder(folder: Path) -> list[Path]:
             f"{folder / 'config.json'} names the architecture {architectures[0]}. "
             f"Known are {', '.join(KNOWN_ARCHITECTURES)}."
         )
-    for name in NEEDED_NUMBERS:
-        if not isinstance(config.get(name), int):
-            raise ModelError(f"{folder / 'config.json'} has no whole number {name}.")
+    if not isinstance(config.get("vocab_size"), int):
+        raise ModelError(f"{folder / 'config.json'} has no whole number vocab_size.")
+    context_tokens(folder, config)
     if "quantization_config" in config:
         raise ModelError(
             f"The weights in {folder} are quantized. Add the unquantized ones: float32, float16 or "
@@ -144,6 +154,38 @@ def check_folder(folder: Path) -> list[Path]:
         raise ModelError(f"{folder} has no tokenizer.json.")
     read_json(folder / "tokenizer_config.json")
     return _weight_files(folder)
+
+
+def context_tokens(folder: Path, config: Mapping[str, Any]) -> int:
+    """Return how many tokens a model can hold, as its config.json says.
+
+    Raises:
+        ModelError: it does not say so.
+    """
+    for name in CONTEXT_KEYS:
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise ModelError(f"{folder / 'config.json'} has no whole number {' or '.join(CONTEXT_KEYS)}.")
+
+
+def linear_layers(files: list[Path]) -> tuple[str, ...]:
+    """Return the last part of the names of the linear layers that a model has in its layers.
+
+    So the head is not one of them. Read from the names and shapes of the tensors: a matrix in a
+    numbered layer is a linear layer's, but for norms that keep one for each head. In the order of
+    their names.
+
+    Args:
+        files: of a folder that `check_folder` has found good.
+    """
+    found = set()
+    for file in files:
+        for name, entry in _header(file).items():
+            match = _LAYER_WEIGHT.search(name)
+            is_matrix = name != "__metadata__" and len(entry["shape"]) == 2
+            if match and is_matrix and "norm" not in match[1]:
+                found.add(match[1])
+    return tuple(sorted(found))
 
 
 def folder_digest(files: list[Path]) -> str:
@@ -195,14 +237,31 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_safetensors(file: Path) -> None:
     """Refuse a file that is cut off or is none. Source: the safetensors format."""
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length) if length <= min(MAX_HEADER_BYTES, size) else b""
     try:
-        table = json.loads(header)
+        table = _header(file)
+        length = _header_length(file)
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise ModelError(f"{file} is not a safetensors file.") from None
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
         raise ModelError(f"{file} has {size} bytes where its header says {wanted}: it is damaged.")
+
+
+def _header_length(file: Path) -> int:
+    with file.open("rb") as stream:
+        return int.from_bytes(stream.read(8), "little")
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Return the table at the start of a safetensors file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    length = _header_length(file)
+    with file.open("rb") as stream:
+        stream.seek(8)
+        text = stream.read(length) if length <= min(MAX_HEADER_BYTES, file.stat().st_size) else b""
+    table: dict[str, Any] = json.loads(text)
+    return table

@@ -8,6 +8,7 @@ from typing import Any
 
 import botocore.session
 import pytest
+from tests.assets.architectures import ARCHITECTURES
 
 from outcrop.data.formats import CLAUDE_MESSAGES, CONVERSATION, PROMPT_COMPLETION
 from outcrop.errors import ModelError
@@ -229,11 +230,14 @@ def test_above_the_last_row_of_token_limits_that_row_holds(data_dir: Path) -> No
     assert [limit.total for limit in limits if limit] == [4096, 2048, 2048, 2048, 2048]
 
 
-def test_an_adapters_targets_are_the_linear_layers_of_every_known_architecture() -> None:
+def test_a_shipped_models_adapter_is_on_all_its_linear_layers() -> None:
     assert MODELS[0].lora.targets == (
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
-    assert KNOWN_ARCHITECTURES == ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+
+def test_the_known_architectures_are_those_that_are_compared_with_transformers() -> None:
+    assert set(KNOWN_ARCHITECTURES) == {found.name for found in ARCHITECTURES.values()}
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from tests.assets import tiny_tokenizer as tiny
+from tests.assets.architectures import ARCHITECTURES
 from tests.assets.smollm2 import place_smollm2
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from outcrop.errors import ModelError
-from outcrop.models.catalog import load_catalog
+from outcrop.models.catalog import ALL_LINEARS, load_catalog
 from outcrop.models.describe import add_model, describe_model
+from outcrop.models.lora import LoraLinear, attach
+from outcrop.models.operator import catalog_folder
 from outcrop.models.weights import ensure_weights, file_digest, weights_folder
 from outcrop.settings import Settings
 
@@ -141,7 +147,7 @@ def _cut(folder: Path) -> None:
         (_remove("config.json"), r"config\.json cannot be read"),
         (_write("config.json", "{"), "is not JSON"),
         (_write("config.json", "[]"), "is not a JSON object"),
-        (_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel"),
+        (_config(architectures=["BloomForCausalLM"]), "architecture BloomForCausalLM"),
         (_config(architectures=[]), "architecture none"),
         (_config(quantization_config={}), "are quantized"),
         (_config(auto_map={"AutoModel": "x.y"}), "code of its own"),
@@ -188,3 +194,35 @@ def test_a_model_without_a_licence_or_a_folder_is_refused(settings: Settings, fo
         add_model(settings, folder, MODEL_ID)
     with pytest.raises(ModelError, match="is not a folder"):
         add_model(settings, folder / "nothing", MODEL_ID, license="mit")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_adapters_layers_are_found_in_the_weights_of_every_architecture(
+    kind: str, settings: Settings, folder: Path
+) -> None:
+    architecture = ARCHITECTURES[kind]
+    model = architecture.model(dtype=torch.float32)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 400}))
+    base = add_model(settings, folder, MODEL_ID, license="mit")
+    assert sorted(base.lora.targets) == sorted(architecture.linears)
+    assert base.context_tokens == 512
+    attach(model, base.lora, seed=0)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    linear = {
+        name.removesuffix(".linear")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    head = model.get_output_embeddings()
+    assert adapted == {name for name in linear if model.get_submodule(name) is not head}
+
+
+def test_an_entry_that_names_no_layers_has_those_of_its_family(
+    settings: Settings, folder: Path
+) -> None:
+    base = add_model(settings, folder, MODEL_ID, license="mit")
+    assert base.lora.targets == ALL_LINEARS
+    (entry,) = catalog_folder(settings).glob("*.toml")
+    assert "adapter_targets" not in entry.read_text()
