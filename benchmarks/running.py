@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from outcrop import __version__
+
 RESULTS = Path(__file__).parent / "results"
 OUTCROP = (sys.executable, "-m", "outcrop")
 STOP_SECONDS = 15
@@ -87,7 +89,7 @@ def write_result(subject: str, how: str, table: Sequence[Sequence[str]], notes: 
             "",
             f"- Hardware: {hardware()}, {platform.system()} {platform.machine()}",
             f"- Load average at the end: {', '.join(f'{load:.1f}' for load in os.getloadavg())}",
-            f"- Versions: Python {platform.python_version()}, outcrop {version('outcrop')}"
+            f"- Versions: Python {platform.python_version()}, outcrop {__version__}"
             f"{revision()}, torch {version('torch')}",
             f"- Command: `{shlex.join(['python', '-m', *module_arguments()])}`",
             "",
