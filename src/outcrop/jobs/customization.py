@@ -271,8 +271,8 @@ def _settle(
     if recorded is not None:
         return Portions(**recorded)
     allowed = memory.given(settings, job.memory_bytes)
-    portions = memory.choose_portions(
-        ModelShape.read(folder), plan, data.training, allowed, job.cores
+    portions = memory.portions_of_job(
+        settings, ModelShape.read(folder), plan, data.training, allowed, job.cores
     )
     run_plan = {**job.run_plan, "portions": portions.described(), "data": digests.found}
     with transaction(engine) as connection:

@@ -43,6 +43,8 @@ _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
+"""Where Linux has a driver of a GPU that torch computes on; asking torch itself takes seconds."""
 _KILL_COUNTS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")
 
 
@@ -111,6 +113,27 @@ def choose_portions(
             return portions
     needed = _needed(shape, plan, portions, longest, lanes)
     raise OutOfMemoryError(_refusal(examples, longest, needed, allowed))
+
+
+def portions_of_job(
+    settings: Settings,
+    shape: ModelShape,
+    plan: TrainPlan,
+    examples: Sequence[Example],
+    allowed: int,
+    lanes: int,
+) -> Portions:
+    """Return the portions of a job; where a GPU may train it, this machine's memory refuses none.
+
+    Raises:
+        OutOfMemoryError: not even the longest record fits alone, and there is no GPU.
+    """
+    try:
+        return choose_portions(shape, plan, examples, allowed, lanes)
+    except OutOfMemoryError:
+        if settings.train_device == "cpu" or not any(Path(path).exists() for path in _GPU_FILES):
+            raise
+        return Portions(LEAST_TOKENS, 0)
 
 
 def _preferred(longest: int) -> Iterator[Portions]:

@@ -91,29 +91,15 @@ class ModelShape:
             ModelError: a number is missing.
         """
         config = {_OTHER_NAMES.get(name, name): value for name, value in config.items()}
-        # GPT-2 has names of its own.
-        named = {
-            name: config[name] if name in config else config.get(other)
-            for name, other in (
-                ("hidden_size", "n_embd"),
-                ("num_attention_heads", "n_head"),
-                ("num_hidden_layers", "n_layer"),
-            )
-        }
-        missing = [name for name, value in named.items() if value is None]
         try:
-            if missing:
-                raise KeyError(missing[0])
-            width, heads = int(named["hidden_size"]), int(named["num_attention_heads"])
+            width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             head_width = int(config.get("head_dim") or width // heads)
             return cls(
                 vocabulary=int(config["vocab_size"]),
                 width=width,
                 # GPT-2 may leave it out; it is four times the width then.
-                inner_width=int(
-                    config.get("intermediate_size") or config.get("n_inner") or 4 * width
-                ),
-                layers=int(named["num_hidden_layers"]),
+                inner_width=int(config.get("intermediate_size") or 4 * width),
+                layers=int(config["num_hidden_layers"]),
                 heads=heads,
                 query_width=heads * head_width,
                 key_width=int(config.get("num_key_value_heads") or heads) * head_width,

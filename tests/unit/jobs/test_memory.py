@@ -25,6 +25,7 @@ from outcrop.jobs.memory import (
     memory_for_jobs,
     model_shape,
     oom_kills,
+    portions_of_job,
 )
 from outcrop.models.catalog import load_catalog
 from outcrop.models.weights import SHIPPED_KEY
@@ -132,6 +133,19 @@ def test_a_record_that_cannot_fit_is_refused_before_training_with_the_figures() 
         "Nothing was trained",
     ):
         assert text in str(caught.value)
+
+
+def test_a_job_that_a_gpu_may_train_is_not_refused_for_the_machines_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_GPU_FILES", (str(tmp_path / "driver"),))
+    tight = (SHIPPED_SHAPE, PLAN, records(4000), 1 << 20, LANES)
+    with pytest.raises(OutOfMemoryError):
+        portions_of_job(Settings(), *tight)
+    (tmp_path / "driver").touch()
+    assert portions_of_job(Settings(), *tight) == Portions(LEAST_TOKENS, 0)
+    with pytest.raises(OutOfMemoryError):
+        portions_of_job(Settings(train_device="cpu"), *tight)
 
 
 @pytest.mark.parametrize(

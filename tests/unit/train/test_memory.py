@@ -16,6 +16,7 @@ import torch
 from tests.assets.smollm2 import smollm2_folder
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import tiny_model, write_tiny_model
+from transformers import GPT2Config, GPTNeoXConfig
 
 from outcrop.data.records import Example
 from outcrop.errors import OutOfMemoryError, StopRequested
@@ -362,6 +363,13 @@ def test_the_shapes_number_of_parameters_is_the_models() -> None:
         shape = ModelShape.of(model.config.to_dict())
         matrices = {id(p): p.numel() for p in model.parameters() if p.dim() == 2}
         assert shape.parameters == sum(matrices.values())
+
+
+def test_other_families_names_are_understood() -> None:
+    gpt2 = ModelShape.of(GPT2Config(n_embd=96, n_layer=3, n_head=4, vocab_size=77).to_dict())
+    assert (gpt2.width, gpt2.layers, gpt2.heads, gpt2.inner_width) == (96, 3, 4, 384)
+    neox = ModelShape.of(GPTNeoXConfig(hidden_size=64, num_attention_heads=4).to_dict())
+    assert (neox.width, neox.key_width, neox.is_tied) == (64, 64, False)
 
 
 def test_the_shipped_shape_is_that_of_the_shipped_weights() -> None:
