@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.assets.architectures import ARCHITECTURES
 from tests.assets.tiny_model import frozen_tiny_model, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -323,3 +324,55 @@ def test_an_adapter_that_does_not_fit_is_not_merged() -> None:
     adapter = trained(tiny_model(hidden_size=32))
     with pytest.raises(ModelError, match="does not fit the model"):
         weight_changes(tiny_model(), adapter)
+
+
+TURNED = ARCHITECTURES["gpt2"]
+"""Its linear layers are transformers' Conv1D, whose weights lie as (inputs, outputs)."""
+
+
+def test_layers_with_turned_weights_have_adapters_as_others_do(tmp_path: Path) -> None:
+    config = LoraConfig(4, 8.0, TURNED.linears)
+    model, fresh, merged = (TURNED.model(dtype=torch.float32) for _ in range(3))
+    base = logits(model)
+    attach(model, config, seed=0)
+    torch.testing.assert_close(logits(model), base)
+    adapter = trained(model, config)
+    assert adapter.fan_in_fan_out
+    a_RI, b_OR = adapter.tensors["transformer.h.0.attn.c_attn"]
+    assert (a_RI.shape, b_OR.shape) == ((4, 32), (96, 4))
+
+    save_adapter(adapter, tmp_path, "Tiny")
+    set_adapter(fresh, load_adapter(tmp_path))
+    assert torch.equal(logits(fresh), logits(model))
+
+    weights = dict(merged.named_parameters())
+    for name, change in weight_changes(merged, adapter).items():
+        assert change.shape == weights[name].shape
+        with torch.no_grad():
+            weights[name].add_(change)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model), base, rtol=1e-2, atol=1e-2)
+
+
+def test_peft_is_told_that_weights_are_turned_where_they_are(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """As peft's own: its tensors lie the same way for both, and the base's weight is turned."""
+    turned = TURNED.model(dtype=torch.float32)
+    save_adapter(trained(turned, LoraConfig(4, 8.0, TURNED.linears)), tmp_path / "turned", "T")
+    save_adapter(trained(model), tmp_path / "plain", "T")
+    told = {
+        name: json.loads((tmp_path / name / "adapter_config.json").read_text())["fan_in_fan_out"]
+        for name in ("turned", "plain")
+    }
+    assert told == {"turned": True, "plain": False}
+    assert load_adapter(tmp_path / "turned").fan_in_fan_out
+    tensors = load_file(tmp_path / "turned" / "adapter_model.safetensors")
+    key = "base_model.model.transformer.h.0.mlp.c_fc"
+    assert tensors[f"{key}.lora_A.weight"].shape == (4, 32)
+    assert tensors[f"{key}.lora_B.weight"].shape == (48, 4)
+
+
+def test_an_adapter_of_a_float64_model_has_float64_masters() -> None:
+    parameters = attach(TURNED.model(), LoraConfig(4, 8.0, TURNED.linears), seed=0)
+    assert {parameter.dtype for parameter in parameters} == {torch.float64}

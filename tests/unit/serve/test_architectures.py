@@ -94,7 +94,7 @@ def test_a_trained_adapter_changes_the_answer_as_merged_weights_do(
     weights = dict(merged.named_parameters())
     with torch.no_grad():
         for name, change in weight_changes(merged, adapter).items():
-            weights[name] += change
+            weights[name].add_(change)
     set_adapter(network.module, adapter)
     ids, scores = answers(network)
     torch.testing.assert_close(scores, whole(merged, ids), rtol=1e-3, atol=1e-3)
