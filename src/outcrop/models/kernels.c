@@ -40,8 +40,9 @@ static inline number store(float value) { return value; }
 #define WORTH_THREADS 32768
 #define LANES 16
 
-/* exp(x) with a relative error below 2e-7; 0 below -87. The argument is reduced to +-ln(2)/2; there
- * a polynomial of degree 6, the first terms of the series with Cephes' coefficients, does. */
+/* exp(x) with a relative error below 2e-7; below -87 it is as at -87 (2e-38), above 88 as at 88.
+ * The argument is reduced to +-ln(2)/2; there a polynomial of degree 6, the first terms of the
+ * series with Cephes' coefficients, does. */
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;

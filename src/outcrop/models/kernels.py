@@ -463,13 +463,14 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     source = (resources.files("outcrop.models") / "kernels.c").read_bytes()
     flags = (*FLAGS, *TYPES[dtype])
     key = hashlib.sha256(source + repr((flags, MACHINE_FLAGS, processor())).encode()).hexdigest()
-    file = folder / f"kernels-{key[:20]}.so"
+    stem = f"kernels-{key[:20]}"
     try:
-        if not file.is_file():
+        file = _kept(folder, stem)
+        if file is None:
             if compiler is None:
                 logger.info("no C compiler (%s): training is slower", ", ".join(COMPILERS))
                 return None
-            _compile(compiler, flags, source, file)
+            file = _compile(compiler, flags, source, folder, stem)
         _share_openmp()
         library = ctypes.CDLL(str(file))
     except (OSError, subprocess.SubprocessError) as error:
@@ -482,10 +483,32 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library
 
 
-def _compile(compiler: str, flags: Sequence[str], source: bytes, file: Path) -> None:
-    """Write the shared library, whole or not at all; others may do the same at the same time."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+def _kept(folder: Path, stem: str) -> Path | None:
+    """Return the library that was compiled before, if it is whole; its name tells its digest.
+
+    A machine that lost power may have kept a name without all of the content, and to load that
+    would end the process.
+    """
+    for file in sorted(folder.glob(f"{stem}-*.so")):
+        if file.stem == f"{stem}-{_digest(file)}":
+            return file
+        logger.warning("%s is damaged; it is compiled again", file)
+        file.unlink(missing_ok=True)
+    return None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:20]
+
+
+def _compile(compiler: str, flags: Sequence[str], source: bytes, folder: Path, stem: str) -> Path:
+    """Write the shared library, whole or not at all; others may do the same at the same time.
+
+    Returns:
+        Where it is.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         code, made, linked = (Path(scratch, f"kernels.{kind}") for kind in ("c", "o", "so"))
         code.write_bytes(source)
         for machine_flags in MACHINE_FLAGS:
@@ -496,7 +519,7 @@ def _compile(compiler: str, flags: Sequence[str], source: bytes, file: Path) -> 
         refused = refused or _run([compiler, "-shared", str(made), "-o", str(linked), "-lm"])
         if refused:
             raise OSError(f"{Path(compiler).name} failed: {refused}")
-        linked.rename(file)
+        return linked.rename(folder / f"{stem}-{_digest(linked)}.so")
 
 
 def _run(command: Sequence[str]) -> str:
