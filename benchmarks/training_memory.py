@@ -153,6 +153,8 @@ def _in_a_process(weights: Path, cell: Cell) -> Measured:
 
 
 def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
+    import torch
+
     from outcrop.train.loop import train
     from outcrop.train.tuning import ThreadPlan
 
@@ -173,7 +175,14 @@ def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
         watcher.start()
         # A given use of the cores, so that no time goes into measuring the best one.
         cores = ThreadPlan(lanes=LANES, row_threads=LANES, speedup=1.6)
-        train(plan, weights, examples, [], scratch, threads=LANES, thread_plan=cores)
+        bound = min(cell.tokens, Portions().tokens)
+        train(
+            *(plan, weights, examples, [], scratch),
+            threads=LANES,
+            thread_plan=cores,
+            device=torch.device("cpu"),
+            micro_batch_tokens=bound,
+        )
     is_over.set()
     watcher.join()
     return Measured(peak_memory_bytes(), max(peaks) - before, resident)

@@ -50,8 +50,6 @@ _NO_PRIMITIVE = re.compile(r"could not (create|execute) a primitive")
 """What is left of oneDNN's error when it had no memory for a kernel that it writes at run time."""
 _bound: int | None = None
 """What `bounded_memory` has set for this process."""
-NEAR_THE_BOUND = 0.75
-"""With such a share of the bound in use, oneDNN's error is taken for want of memory."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def spoils_the_process(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or _NO_PRIMITIVE.search(str(error)) is None:
         return False
     bound = bound_bytes()
-    return bound is not None and held_bytes() >= NEAR_THE_BOUND * bound
+    return bound is not None and bound - held_bytes() < 2 * KERNEL_BYTES
 
 
 def check_room() -> None:

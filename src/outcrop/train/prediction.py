@@ -194,6 +194,8 @@ def predict_memory(
         kept = a_layer + shape.layers * tokens * shape.width * WIDE_BYTES
     else:
         kept = shape.layers * a_layer
+    # What a layer's backward pass makes besides what was kept.
+    kept += tokens * (3 * size * shape.inner_width + 3 * WIDE_BYTES * shape.width)
     scores = min(loss_tokens, rows * HEAD_TOKENS) * shape.vocabulary * size
     if method == "full" and loss_tokens:
         scores += rows * shape.vocabulary * shape.width * WIDE_BYTES
