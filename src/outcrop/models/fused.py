@@ -9,7 +9,7 @@ and nothing is chosen by measuring.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,8 @@ class Fused:
             function = self._compiled.get(key)
             if function is None:
                 function = self._compiled[key] = self._compile(arguments)
+            if function is not self._plain:
+                self._leave_open(arguments)
             return function(*arguments)
 
     def _compile(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
@@ -85,7 +87,9 @@ class Fused:
             compiled: Callable[..., Any] = torch.compile(
                 self._body, fullgraph=True, dynamic=False, options=options
             )
-            compiled(*map(self._made_up, range(len(arguments)), arguments))
+            made_up = [self._made_up(*item) for item in enumerate(arguments)]
+            self._leave_open(made_up)
+            compiled(*made_up)
         except Exception as error:  # whatever Triton, its compiler or the driver lack
             if "out of memory" in str(error):
                 raise
@@ -97,11 +101,16 @@ class Fused:
         if place not in self._rows or not isinstance(argument, Tensor):
             return argument.clone() if isinstance(argument, Tensor) else argument
         # Views stay views of rows that are as far apart: strides are compiled in.
-        made_up = torch.empty_strided(
+        return torch.empty_strided(
             (COMPILED_ROWS, *argument.shape[1:]),
             argument.stride(),
             dtype=argument.dtype,
             device=argument.device,
         ).zero_()
-        torch._dynamo.mark_dynamic(made_up, 0)
-        return made_up
+
+    def _leave_open(self, arguments: Sequence[Any]) -> None:
+        """Say that the number of rows may be any, also where torch.compile has to do it again: for
+        more numbers than 32 bits can count."""
+        for place in self._rows:
+            if isinstance(arguments[place], Tensor):
+                torch._dynamo.maybe_mark_dynamic(arguments[place], 0)
