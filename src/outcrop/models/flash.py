@@ -25,8 +25,9 @@ from torch import Tensor
 
 from outcrop.models.rows import Segment
 
-LARGEST_WIDTH, WIDTH_STEP = 256, 8
-"""Widths of a head that the kernel takes."""
+LARGEST_WIDTH, WIDEST, WIDTH_STEP = 192, 256, 8
+"""Widths of a head that the kernel takes both ways on every GPU it knows: multiples of the last up
+to the first, and the second."""
 LEAST_CAPABILITY = (8, 0)
 """Ampere; the kernel has no other bodies."""
 
@@ -86,9 +87,11 @@ def fits(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Return whether the kernel can do it; if not, attention is done in blocks, and slowly."""
     return (
         device.type == "cuda"
+        # AMD's GPUs are called cuda too, and have another kernel, which nobody has tried here.
+        and torch.version.hip is None
         and dtype in (torch.bfloat16, torch.float16)
         and width % WIDTH_STEP == 0
-        and width <= LARGEST_WIDTH
+        and (width <= LARGEST_WIDTH or width == WIDEST)
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
     )

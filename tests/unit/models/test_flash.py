@@ -282,3 +282,4 @@ def test_only_a_gpu_takes_flash_attention() -> None:
     assert not fits(torch.device("cuda"), torch.float32, 64)
     assert not fits(torch.device("cuda"), torch.bfloat16, 60)
     assert not fits(torch.device("cuda"), torch.bfloat16, 512)
+    assert not fits(torch.device("cuda"), torch.bfloat16, 208)
