@@ -48,7 +48,7 @@ def test_a_model_fine_tuned_from_a_pre_trained_one_outlives_it(
     drop_throughput: Callable[[str], None],
 ) -> None:
     bedrock, s3 = service.client("bedrock"), service.client("s3")
-    s3.put_object(Bucket=bucket, Key="documents.jsonl", Body=documents(16))
+    s3.put_object(Bucket=bucket, Key="documents.jsonl", Body=documents(8))
     first = service.create_job(
         bucket,
         f"{name}-cpt",
