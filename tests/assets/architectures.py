@@ -105,6 +105,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama with wide heads": _llama(head_dim=12),
     "llama with one key head": _llama(num_key_value_heads=1),
     "llama with rope of Llama 3": _llama(rope_parameters=LLAMA3_ROPE),
+    "llama with linear rope": _llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
+    ),
     "llama with biases everywhere": Architecture(
         "Llama", {"attention_bias": True, "mlp_bias": True}
     ),

@@ -117,13 +117,19 @@ class Rule:
         self._num_causal = 0
 
     def seen(self, length: int) -> Tensor | None:
-        """Return which keys each query of a record sees, (S, S); None: all up to its own place."""
+        """Return which keys each query of a record sees, (S, S); None: all up to its own place.
+
+        Raises:
+            ModelError: a query sees a key after it, so that no loss of it would mean anything.
+        """
         if length > len(self._seen_SS):
             zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=self._device)
             places = torch.arange(length, device=self._device)
             seen = self._sees(zero, zero, places[None, None, :, None], places[None, None, None, :])
             self._seen_SS = seen.expand(1, 1, length, length)[0, 0]
             causal_SS = torch.ones_like(self._seen_SS).tril_()
+            if (self._seen_SS & ~causal_SS).any():
+                raise ModelError("its attention looks to both sides.")
             departs_S = (self._seen_SS != causal_SS).any(1)
             self._num_causal = int(departs_S.nonzero()[0, 0]) if departs_S.any() else length
         return None if length <= self._num_causal else self._seen_SS[:length, :length]

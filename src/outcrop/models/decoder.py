@@ -181,13 +181,19 @@ def make_decoder(model: nn.Module) -> Decoder | None:
 
 def _is_covered(config: Any) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    head_width = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
     return (
         getattr(config, "hidden_act", "silu") == "silu"
         and rope.get("rope_type", "default") in ("default", "llama3", "linear")
         and rope.get("partial_rotary_factor", 1.0) == 1.0
         and not getattr(config, "mlp_bias", False)
-        # Some layers with a window and some without: left to transformers.
-        and len(set(getattr(config, "layer_types", None) or ["one"])) == 1
+        # Some layers with a window and some without, or other kinds: left to transformers.
+        and kinds in ({"full_attention"}, {"sliding_attention"})
+        and getattr(config, "is_causal", True)
+        and head_width <= kernels.WIDEST_HEAD
     )
 
 

@@ -52,6 +52,8 @@ MACHINE_FLAGS = (
 )
 """The first that the compiler takes are used: not every one has OpenMP, or knows its machine."""
 COMPILE_SECONDS = 60.0
+WIDEST_HEAD = 1024
+"""Numbers in a head at most: kernels.c sums up that many at a time."""
 TYPES = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
 SIGNATURES = {
     "norm_forward": "nnaaaaxaa",

@@ -133,6 +133,12 @@ def test_what_is_not_known_of_attention_is_refused(extra: dict[str, Any], says: 
     attend(nn.Module(), *row(3), causal([3]), position_ids=torch.arange(3), s_aux=None)
 
 
+def test_a_rule_that_shows_what_comes_after_is_refused() -> None:
+    both_sides = Rule([4], lambda _, __, query, key: key <= query + 1, torch.device("cpu"))
+    with pytest.raises(ModelError, match="looks to both sides"):
+        attend(nn.Module(), *row(4), both_sides)
+
+
 def test_a_mask_of_another_make_is_refused() -> None:
     mask: Any = torch.ones(1, 1, 3, 3)
     with pytest.raises(ModelError, match="not made by transformers' rules"):
@@ -143,6 +149,7 @@ def test_a_mask_of_another_make_is_refused() -> None:
     ("kind", "changes", "says"),
     [
         ("Mamba", {"state_size": 4}, "records in one row would not be independent"),
+        ("Llama", {"is_causal": False}, "looks to both sides"),
         ("Bloom", {}, "does not let attention be replaced"),
         ("GPTJ", {"rotary_dim": 4}, "does not let attention be replaced"),
         (
