@@ -143,11 +143,11 @@ class Keeper:
         return self._clock() - self._saved_at >= self._pause
 
     def save(self, state: RunState, tensors: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint. A disk that is full costs the checkpoint, not the run."""
+        """Write a checkpoint. A full disk, or want of memory, costs the checkpoint, not the run."""
         started = self._clock()
         try:
             save_checkpoint(self._folder, self._identity, state, tensors, self._best)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, MemoryError) as error:
             logger.warning("the checkpoint of step %d was not written: %s", state.steps, error)
         else:
             self.saved_step = state.steps
