@@ -373,11 +373,12 @@ def test_an_adapter_merged_into_the_weights_is_the_same_model(architecture: Arch
     assert abs(base.loss / found.loss - 1) > 1e-5
 
 
-LOSS_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.02}
+LOSS_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 """Relative, of the mean loss over the batch."""
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.12}
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 """Length of the difference over the length of the gradient of all tensors together. A bfloat16 has
-8 bits: products of two layers forward and back are each rounded to them."""
+8 bits, to which products of two layers forward and back are each rounded: 0.02 to 0.04 as a rule,
+0.07 in one of these models, where transformers' own gradient in bfloat16 is as far off."""
 
 
 @pytest.mark.parametrize("method", ["adapter", "full"])

@@ -16,13 +16,14 @@ from tests.assets.smollm2 import place_smollm2
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from outcrop.errors import ModelError
+from outcrop.errors import ModelError, ValidationException
 from outcrop.models.catalog import ALL_LINEARS, load_catalog
 from outcrop.models.describe import add_model, describe_model
 from outcrop.models.lora import LoraLinear, attach
 from outcrop.models.operator import catalog_folder
 from outcrop.models.weights import ensure_weights, file_digest, weights_folder
 from outcrop.settings import Settings
+from outcrop.train.plan import make_plan
 
 MODEL_ID = "mylab.small-v1:0"
 
@@ -208,6 +209,9 @@ def test_an_adapters_layers_are_found_in_the_weights_of_every_architecture(
     base = add_model(settings, folder, MODEL_ID, license="mit")
     assert sorted(base.lora.targets) == sorted(architecture.linears)
     assert base.context_tokens == 512
+    assert (
+        make_plan(base, "FINE_TUNING", {}, has_validation=False).lora_targets == base.lora.targets
+    )
     attach(model, base.lora, seed=0)
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     linear = {
@@ -217,6 +221,19 @@ def test_an_adapters_layers_are_found_in_the_weights_of_every_architecture(
     }
     head = model.get_output_embeddings()
     assert adapted == {name for name in linear if model.get_submodule(name) is not head}
+
+
+def test_a_job_names_the_layers_that_the_model_has(settings: Settings, folder: Path) -> None:
+    ARCHITECTURES["gpt2"].model(dtype=torch.float32).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 400}))
+    base = add_model(settings, folder, MODEL_ID, license="mit")
+    sent = {"adapterTargets": "c_proj,c_attn"}
+    plan = make_plan(base, "FINE_TUNING", sent, has_validation=False)
+    assert plan.lora_targets == ("c_attn", "c_proj")
+    with pytest.raises(ValidationException, match="out of c_attn, c_fc, c_proj"):
+        make_plan(base, "FINE_TUNING", {"adapterTargets": "q_proj"}, has_validation=False)
+    assert describe_model(settings, base)["adapter"]["targets"] == ["c_attn", "c_fc", "c_proj"]
 
 
 def test_an_entry_that_names_no_layers_has_those_of_its_family(
