@@ -8,9 +8,10 @@ models/decoder.py, every other model transformers' own code and autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from outcrop.data.pack import deal, last_loss_place, lay_row, num_row_tokens, pack
 from outcrop.data.records import Example
@@ -21,9 +22,13 @@ from outcrop.models.lanes import Lanes
 from outcrop.models.passes import row_gradients
 from outcrop.models.rows import Row
 from outcrop.train.flat import FlatTensors, Gradients
-from outcrop.train.memory import Portions, recomputed_layers
+from outcrop.train.memory import layers_of, recomputed_layers
 from outcrop.train.methods import Trainable
+from outcrop.train.portions import Portions
 from outcrop.train.run import NOT_FINITE_ADVICE
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 
 def gather_gradients(
@@ -44,8 +49,7 @@ def gather_gradients(
     Raises:
         EmptyLossError: no token of the batch carries loss.
         NonFiniteLossError: the loss is NaN or infinite.
-        StopRequested: `should_stop` answered True; it is asked before each layer where the passes
-            are our own, else before each micro-batch.
+        StopRequested: `should_stop` answered True; it is asked before each layer of both passes.
     """
     num_labels = sum(num_loss_tokens(example) for example in batch)
     if num_labels == 0:
@@ -149,7 +153,7 @@ def _by_autograd(
     check: Callable[[], None],
 ) -> float:
     total = 0.0
-    with packed_attention(trainable.model):
+    with packed_attention(trainable.model), _checked_layers(trainable.model, check):
         for micro_batch in pack(batch, portions.tokens):
             check()
             is_long = len(micro_batch.input_ids) > portions.kept_tokens
@@ -163,6 +167,31 @@ def _by_autograd(
             (loss_sum / num_labels).backward()
             trainable.collect_gradients()
     return total
+
+
+@contextmanager
+def _checked_layers(model: LlamaForCausalLM, check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before each layer's forward and backward pass inside a `with`."""
+
+    def look(*_: Any) -> None:
+        check()
+
+    def look_on_the_way_back(_: Any, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(look)
+
+    handles = []
+    for layer in layers_of(model):
+        handles += [
+            layer.register_forward_pre_hook(look),
+            layer.register_forward_hook(look_on_the_way_back),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_finite(total: float) -> None:

@@ -4,8 +4,6 @@ A training process runs under a bound of its own, so that it meets an error that
 before the kernel ends it. It then cuts its steps into smaller portions: first fewer records at a
 time, then activations that are computed again for the backward pass instead of being kept. Neither
 changes what is computed, only in which order sums are rounded.
-
-Importing this module loads no torch: the queue asks it before a job begins.
 """
 
 from __future__ import annotations
@@ -15,26 +13,15 @@ import gc
 import re
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
+from outcrop.train.portions import gibibytes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-KEPT_TOKENS = 2048
-"""Up to so many tokens of a micro-batch keep their activations: about 3 GB in bfloat16 on 135
-million parameters in 30 layers. Micro-batches are smaller unless one record is longer."""
-LEAST_TOKENS = 128
-"""A smaller micro-batch is not chosen on purpose, only when memory has run out: below it a step
-takes twice the time and more."""
-RECOMPUTED_SHARE = 0.25
-"""What a token costs whose activations are computed again, next to one that keeps them: only to
-find out which micro-batch is the most expensive one."""
 
 _FULL = re.compile(
     # torch's allocator on the CPU; the C++ library; oneDNN, whose scratch memory was refused.
@@ -50,42 +37,6 @@ _NO_PRIMITIVE = re.compile(r"could not (create|execute) a primitive")
 """What is left of oneDNN's error when it had no memory for a kernel that it writes at run time."""
 _bound: int | None = None
 """What `bounded_memory` has set for this process."""
-
-
-@dataclass(frozen=True)
-class Portions:
-    """Into how small parts a step is cut: decides memory and speed, and but for rounding nothing
-    else."""
-
-    tokens: int = MAX_MICRO_BATCH_TOKENS
-    """Of one micro-batch at most; a longer record is one of its own."""
-    kept_tokens: int = KEPT_TOKENS
-    """A micro-batch of more tokens computes its activations twice."""
-
-    def smaller(self, micro_batches: Sequence[Sequence[int]]) -> Portions | None:
-        """Return portions of which the most expensive micro-batch is cut; None: nothing is left to
-        be cut.
-
-        Args:
-            micro_batches: the lengths of the records in each, as these portions make them.
-        """
-        costs = []
-        for lengths in micro_batches:
-            num_tokens = sum(lengths)
-            is_kept = num_tokens > 0 and num_tokens <= self.kept_tokens
-            if is_kept or len(lengths) > 1:
-                costs.append((num_tokens * (1 if is_kept else RECOMPUTED_SHARE), lengths))
-        if not costs:
-            return None
-        lengths = max(costs)[1]
-        if len(lengths) > 1:
-            # What records have in common may be laid only once: their sum may be above the bound.
-            return Portions(max(1, min(sum(lengths), self.tokens) // 2), self.kept_tokens)
-        return Portions(self.tokens, lengths[0] - 1)
-
-    def described(self) -> dict[str, int]:
-        """Return it as JSON carries it."""
-        return asdict(self)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -246,20 +197,19 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
-def gibibytes(num_bytes: int) -> str:
-    """Return a size for a message, as in "2.8 GiB"."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+def layers_of(model: LlamaForCausalLM) -> list[Any]:
+    """Return a model's layers: what transformers says can be computed again for itself."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
 def recomputed_layers(model: LlamaForCausalLM) -> Iterator[None]:
     """Let the layers of a forward pass inside this `with` compute their activations again later."""
     from torch.utils.checkpoint import checkpoint
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers: list[Any] = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers = layers_of(model)
     for layer in layers:
         # Nothing is drawn at random in a layer, so there is no generator to set back.
         layer.forward = partial(

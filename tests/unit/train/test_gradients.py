@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
 from outcrop.models.lanes import Lanes
 from outcrop.train.gradients import gather_gradients, micro_batches, waves
-from outcrop.train.memory import Portions
 from outcrop.train.methods import Trainable, make_trainable
+from outcrop.train.portions import Portions
 
 BATCHES = st.lists(
     st.tuples(st.integers(1, 40), st.integers(0, 40)).map(
@@ -143,8 +144,9 @@ def test_a_stop_is_heard_before_each_micro_batch_at_least(name: str) -> None:
     assert asked == 4
 
 
-def test_a_stop_is_heard_within_a_long_row() -> None:
-    """Before each of the two layers of both passes, and before the wave."""
+@BOTH
+def test_a_stop_is_heard_within_a_long_row(name: str) -> None:
+    """Before each of the two layers of both passes, and before the row."""
     asked = 0
 
     def should_stop() -> bool:
@@ -152,8 +154,13 @@ def test_a_stop_is_heard_within_a_long_row() -> None:
         asked += 1
         return False
 
-    gather_gradients(trainable(), tiny_examples(1), Portions(), should_stop)
+    found = trainable(name)
+    gather_gradients(found, tiny_examples(1), Portions(), should_stop)
     assert asked == 5
+    for stop in range(1, 6):
+        answers = iter([False] * (stop - 1) + [True])
+        with pytest.raises(StopRequested):
+            gather_gradients(found, tiny_examples(1), Portions(), partial(next, answers))
 
 
 @BOTH
