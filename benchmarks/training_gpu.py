@@ -186,9 +186,9 @@ def run_outcrop(work: dict[str, Any]) -> dict[str, Any]:
     from outcrop.train.checkpoint import RunState
     from outcrop.train.device import default_portions
     from outcrop.train.gradients import gather_gradients, micro_batches
-    from outcrop.train.memory import Portions
     from outcrop.train.methods import make_trainable
     from outcrop.train.plan import TrainPlan
+    from outcrop.train.portions import Portions
     from outcrop.train.prediction import ModelShape
     from outcrop.train.run import Run
 

@@ -28,8 +28,9 @@ from outcrop.data.records import Example
 from outcrop.models.catalog import load_catalog
 from outcrop.models.weights import SHIPPED_KEY, ensure_weights
 from outcrop.settings import Settings
-from outcrop.train.memory import Portions, bounded_memory, held_bytes, peak_memory_bytes
+from outcrop.train.memory import bounded_memory, held_bytes, peak_memory_bytes
 from outcrop.train.plan import TrainPlan, make_plan
+from outcrop.train.portions import Portions
 from outcrop.train.prediction import MEMORY_TOLERANCE, ModelShape, computing_bytes, predict_memory
 
 METHODS = ("adapter", "full")

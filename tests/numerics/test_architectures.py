@@ -34,9 +34,9 @@ from outcrop.models.lanes import Lanes
 from outcrop.models.load import has_fast_bfloat16
 from outcrop.models.lora import Adapter, LoraConfig, LoraLinear, adapter_of, attach, weight_changes
 from outcrop.train.gradients import gather_gradients, waves
-from outcrop.train.memory import Portions
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import Portions
 
 EXACT = 1e-9
 """Relative, of a loss and of the length of each tensor's gradient."""

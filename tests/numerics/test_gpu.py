@@ -27,10 +27,10 @@ from outcrop.models.lora import load_adapter
 from outcrop.train.device import choose_device, default_portions, device_dtype, peak_device_bytes
 from outcrop.train.gradients import gather_gradients
 from outcrop.train.loop import TrainResult, train
-from outcrop.train.memory import Portions
 from outcrop.train.methods import make_trainable
 from outcrop.train.metrics import StepRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import Portions
 from outcrop.train.prediction import ModelShape
 
 pytestmark = [

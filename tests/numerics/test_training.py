@@ -22,9 +22,9 @@ from outcrop.evaluate.attention import packed_attention
 from outcrop.evaluate.likelihood import num_loss_tokens, token_losses
 from outcrop.models.lora import Adapter, LoraConfig, LoraLinear, adapter_of, attach
 from outcrop.train.gradients import gather_gradients
-from outcrop.train.memory import Portions
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import Portions
 
 CONFIG = LoraConfig(rank=4, alpha=10.0)
 EXAMPLES = tiny_examples(8)

@@ -36,12 +36,8 @@ from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
 from outcrop.store.rows import Job
-from outcrop.train.memory import (
-    gibibytes,
-    is_out_of_memory,
-    peak_memory_bytes,
-    spoils_the_process,
-)
+from outcrop.train.memory import is_out_of_memory, peak_memory_bytes, spoils_the_process
+from outcrop.train.portions import gibibytes
 
 logger = logging.getLogger("outcrop.attempt")
 

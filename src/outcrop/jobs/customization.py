@@ -37,8 +37,9 @@ from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
-from outcrop.train.memory import Portions, bounded_memory
+from outcrop.train.memory import bounded_memory
 from outcrop.train.plan import TrainPlan, make_plan
+from outcrop.train.portions import Portions
 from outcrop.train.prediction import ModelShape
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from outcrop.data.records import Example
 from outcrop.errors import OutOfMemoryError
 from outcrop.models.catalog import BaseModel, LoraConfig
 from outcrop.models.weights import SHIPPED_KEY, weights_folder
-from outcrop.train.memory import KEPT_TOKENS, LEAST_TOKENS, Portions, gibibytes
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import KEPT_TOKENS, LEAST_TOKENS, Portions, gibibytes
 from outcrop.train.prediction import MEMORY_TOLERANCE, SHIPPED_SHAPE, ModelShape, predict_memory
 
 if TYPE_CHECKING:

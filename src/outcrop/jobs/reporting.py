@@ -21,7 +21,6 @@ from outcrop.objects.client import ObjectStore
 from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job
-from outcrop.train.memory import Portions
 from outcrop.train.metrics import (
     SPEED_WINDOW,
     StepRow,
@@ -31,6 +30,7 @@ from outcrop.train.metrics import (
     step_jsonl,
     validation_csv,
 )
+from outcrop.train.portions import Portions
 
 logger = logging.getLogger("outcrop.attempt")
 

@@ -27,7 +27,7 @@ from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import check_version, connect, transaction
 from outcrop.store.rows import Job, LiveJob
-from outcrop.train.memory import gibibytes
+from outcrop.train.portions import gibibytes
 
 logger = logging.getLogger("outcrop.worker")
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from outcrop.data.records import Example
 from outcrop.store.files import sync
-from outcrop.train.memory import Portions
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import Portions
 from outcrop.train.stopping import BEST, file_digest, same_file
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ from outcrop.errors import TrainingError
 from outcrop.models.catalog import LoraConfig
 from outcrop.models.load import compute_dtype
 from outcrop.models.passes import HEAD_CHUNK_TOKENS
-from outcrop.train.memory import KEPT_TOKENS, Portions, peak_memory_bytes
+from outcrop.train.memory import peak_memory_bytes
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import KEPT_TOKENS, Portions
 from outcrop.train.prediction import PROCESS_BYTES, ModelShape, predict_memory
 
 GPU_TOKENS = 16384

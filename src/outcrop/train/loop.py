@@ -32,10 +32,11 @@ from outcrop.train.batches import describe_batch, shuffled
 from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
 from outcrop.train.device import choose_device, default_portions, device_dtype, device_name
 from outcrop.train.gradients import gather_gradients, micro_batches
-from outcrop.train.memory import Portions, check_room
+from outcrop.train.memory import check_room
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import Portions
 from outcrop.train.prediction import ModelShape
 from outcrop.train.run import NOT_FINITE_ADVICE, Run
 from outcrop.train.schedule import evaluation_steps

@@ -23,15 +23,14 @@ from outcrop.evaluate.likelihood import perplexity
 from outcrop.models.catalog import LoraConfig
 from outcrop.train.device import peak_device_bytes
 from outcrop.train.memory import (
-    Portions,
     bound_bytes,
-    gibibytes,
     give_memory_back,
     held_bytes,
     is_out_of_memory,
     peak_memory_bytes,
 )
 from outcrop.train.metrics import StepRow
+from outcrop.train.portions import Portions, gibibytes
 from outcrop.train.prediction import ModelShape, predict_memory
 from outcrop.train.schedule import learning_rate
 

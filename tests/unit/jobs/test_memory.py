@@ -30,8 +30,8 @@ from outcrop.jobs.memory import (
 from outcrop.models.catalog import load_catalog
 from outcrop.models.weights import SHIPPED_KEY
 from outcrop.settings import Settings
-from outcrop.train.memory import KEPT_TOKENS, LEAST_TOKENS, Portions
 from outcrop.train.plan import TrainPlan, make_plan
+from outcrop.train.portions import KEPT_TOKENS, LEAST_TOKENS, Portions
 from outcrop.train.prediction import SHIPPED_SHAPE, ModelShape, predict_memory
 
 BASE = load_catalog(Settings()).resolve("amazon.titan-text-express-v1")

@@ -28,9 +28,9 @@ from outcrop.train.checkpoint import (
     save_checkpoint,
 )
 from outcrop.train.loop import train
-from outcrop.train.memory import Portions
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
+from outcrop.train.portions import Portions
 
 PLAN = TrainPlan(
     base_model="Tiny",

@@ -23,9 +23,9 @@ from outcrop.train.device import (
     gpu_portions,
 )
 from outcrop.train.loop import train
-from outcrop.train.memory import KEPT_TOKENS, Portions
 from outcrop.train.metrics import StepRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import KEPT_TOKENS, Portions
 from outcrop.train.prediction import ModelShape
 
 CPU = torch.device("cpu")

@@ -28,7 +28,6 @@ from outcrop.train import loop, prediction
 from outcrop.train.checkpoint import Keeper
 from outcrop.train.loop import TrainResult, train
 from outcrop.train.memory import (
-    Portions,
     bound_bytes,
     bounded_memory,
     check_room,
@@ -38,6 +37,7 @@ from outcrop.train.memory import (
 )
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
+from outcrop.train.portions import Portions
 from outcrop.train.prediction import SHIPPED_SHAPE, ModelShape, computing_bytes, predict_memory
 
 REPOSITORY = Path(__file__).parents[3]
