@@ -29,10 +29,12 @@ from outcrop.data import pack
 from outcrop.data.records import Example
 from outcrop.evaluate import likelihood
 from outcrop.evaluate.likelihood import evaluate_likelihood, num_loss_tokens
+from outcrop.models import attention, passes
 from outcrop.models.decoder import make_decoder
 from outcrop.models.lanes import Lanes
 from outcrop.models.load import has_fast_bfloat16
 from outcrop.models.lora import Adapter, LoraConfig, LoraLinear, adapter_of, attach, weight_changes
+from outcrop.train import gradients as gradients_module
 from outcrop.train.gradients import gather_gradients, waves
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.plan import TrainPlan
@@ -286,6 +288,26 @@ def test_the_ways_of_computing_a_batch_are_different_ones(
         assert sum(rows(WHOLE, 1)[0]) == found["one row"][0][0] + 5 * SHARED_TOKENS
 
 
+@pytest.mark.parametrize("method", ["adapter", "full"])
+def test_small_blocks_and_chunks_change_nothing(
+    architecture: Architecture, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several blocks of a shared beginning too, weights of attention computed again, and scores."""
+    monkeypatch.setattr(passes, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(attention, "KEPT_KEYS", 6)
+    monkeypatch.setattr(passes, "HEAD_CHUNK_TOKENS", {"cpu": 5, "cuda": 5})
+    in_chunks = partial(likelihood.token_losses, chunk_tokens=5)
+    monkeypatch.setattr(gradients_module, "token_losses", in_chunks)
+    reference = reference_of(architecture.model(), architecture, method)
+    trainable = trainable_of(architecture.model(), architecture, method)
+    with InFloat64():
+        wanted, expected = reference_gradients(reference, BATCH)
+    with wide_numbers(architecture):
+        loss, found = gradients(trainable, BATCH, WHOLE, 1)
+    assert loss == pytest.approx(wanted, rel=EXACT)
+    assert max(errors(found, expected).values()) < EXACT
+
+
 @pytest.mark.parametrize("targets", ["first", "last"])
 def test_an_adapter_on_some_layers_has_the_same_gradients(
     architecture: Architecture, targets: str
@@ -400,3 +422,22 @@ def test_a_runs_own_types_are_near_to_float64(
         difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
         length = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
         assert difference.norm() / length < GRADIENT_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, architecture in ARCHITECTURES.items() if architecture.by_hand]
+)
+def test_a_long_record_in_float32_is_near_to_float64(name: str) -> None:
+    """The compiled kernels over several blocks, with windows and without."""
+    architecture, draw = ARCHITECTURES[name], random.Random(3)
+    ids = [draw.randrange(3, VOCABULARY) for _ in range(560)]
+    long = Example(ids, [place % 3 == 0 for place in range(len(ids))])
+    reference = reference_of(
+        architecture.model(dtype=torch.float32).double(), architecture, "adapter"
+    )
+    trainable = trainable_of(architecture.model(dtype=torch.float32), architecture, "adapter")
+    with InFloat64():
+        wanted, expected = reference_gradients(reference, [long])
+    loss, found = gradients(trainable, [long], WHOLE, 1)
+    assert loss == pytest.approx(wanted, rel=LOSS_TOLERANCE[torch.float32])
+    assert max(errors(found, expected).values()) < 10 * GRADIENT_TOLERANCE[torch.float32]
