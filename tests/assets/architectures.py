@@ -153,6 +153,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"sliding_window": WINDOW},
         linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ),
+    "phi3 with long rope": Architecture(
+        "Phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 3.0, 5.0, 9.0],
+                "original_max_position_embeddings": 24,
+            },
+            "sliding_window": None,
+        },
+        linears=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
     "gpt2": Architecture("GPT2", linears=("c_attn", "c_proj", "c_fc")),
     "gpt2 untied": Architecture(
         "GPT2",

@@ -83,7 +83,17 @@ def packed_states(
     """Return the hidden states of a packed row before the head, (T, width).
 
     The model must be inside `packed_attention`.
+
+    Raises:
+        ModelError: the model would rotate a record by what was computed before it.
     """
+    if _turns_by_length(model, max(segment_lengths)) and len(segment_lengths) > 1:
+        parts, first = [], 0
+        for length in segment_lengths:
+            own = slice(first, first + length)
+            parts.append(packed_states(model, input_ids[own], position_ids[own], [length]))
+            first += length
+        return torch.cat(parts)
     decoder: Any = model.get_decoder()
     device = decoder.device
     token = _lengths.set(tuple(segment_lengths))
@@ -98,6 +108,30 @@ def packed_states(
     finally:
         _lengths.reset(token)
     return hidden_BTD[0]
+
+
+def _turns_by_length(model: LlamaForCausalLM, longest: int) -> bool:
+    """Return whether a record of such a length changes how all records of its row are rotated.
+
+    Source: transformers' modeling_rope_utils, dynamic_rope_update: "longrope" takes other
+    frequencies for a row with a place past the original length; "dynamic" those for the longest row
+    so far.
+    Raises:
+        ModelError: the second.
+    """
+    config: Any = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope] if "rope_type" in rope else filter(None, rope.values()):
+        original = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        if "dynamic" in kind["rope_type"] and longest > config.max_position_embeddings:
+            raise ModelError(
+                f"A record has {longest} tokens. This {config.model_type} model, whose rotation is "
+                f"dynamic, would compute those past {config.max_position_embeddings} by what came "
+                "before: shorten the record."
+            )
+        if kind["rope_type"] == "longrope" and longest > original:
+            return True
+    return False
 
 
 class Rule:

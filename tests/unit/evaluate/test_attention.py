@@ -179,3 +179,17 @@ def test_a_head_whose_scores_are_made_elsewhere_is_refused() -> None:
     model = Elsewhere(LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True))
     with pytest.raises(ModelError, match="not computed from what its decoder returns"):
         evaluate_likelihood(model, [Example([5, 6, 7], [False, True, True])])
+
+
+def test_a_dynamic_rotation_is_refused_only_where_it_depends_on_earlier_rows() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 16}
+    model = Architecture("Llama", changes).model(dtype=torch.float32)
+
+    def example(length: int) -> Example:
+        return Example([5] * length, [place > 2 for place in range(length)])
+
+    assert evaluate_likelihood(model, [example(16), example(7)]).num_tokens == 17
+    for records in ([example(7), example(17)], [example(17)]):
+        with pytest.raises(ModelError, match=r"A record has 17 tokens.*past 16 by what came"):
+            evaluate_likelihood(model, records)
