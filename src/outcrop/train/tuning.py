@@ -37,6 +37,8 @@ VERSION = 1
 WARM_UP_TOKENS = 16
 MEASURED_TOKENS = 128
 """Of the row that is measured with: a short record, alone in its batch."""
+OTHER_LOAD = 0.5
+"""Threads that may want the cores besides as many as the cores are, for measuring to make sense."""
 ROUNDS = 2
 """The best of so many counts: other load only ever makes it slower."""
 
@@ -77,12 +79,12 @@ def choose_threads(trainable: Trainable, threads: int, folder: Path) -> ThreadPl
             return ThreadPlan(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             logger.warning("%s cannot be used and is measured again: %s", file.name, error)
-    is_quiet = os.getloadavg()[0] <= threads
+    if os.getloadavg()[0] > threads + OTHER_LOAD:
+        # Measuring would take minutes and tell of the other work, not of the machine.
+        logger.info("other work wants the cores: every row is computed by one thread")
+        return ThreadPlan(threads if trainable.flat is not None else 1, 1, 1.0)
     plan = _measure(trainable, threads)
     logger.info("measured for %d cores: %s", threads, plan)
-    if not is_quiet:
-        logger.info("other work wants the cores: the next job measures again")
-        return plan
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_private(file, json.dumps(asdict(plan)).encode(), replace=True)

@@ -59,11 +59,12 @@ def test_a_plan_of_another_machine_model_or_number_of_cores_is_not_taken(
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_what_was_measured_beside_other_work_is_not_kept(
+def test_beside_other_work_nothing_is_measured_and_one_thread_computes_a_row(
     trainable: Trainable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load(monkeypatch, 2.5)
-    assert choose_threads(trainable, 2, tmp_path).lanes == 2
+    load(monkeypatch, 2.6)
+    monkeypatch.setattr(tuning, "_measure", lambda *arguments: pytest.fail("measured"))
+    assert choose_threads(trainable, 2, tmp_path) == ThreadPlan(2, 1, 1.0)
     assert list(tmp_path.iterdir()) == []
 
 
