@@ -88,7 +88,7 @@ def evaluate_likelihood(
 
     Args:
         examples: rendered records; loss is taken where their mask says so.
-        should_stop: asked before each micro-batch.
+        should_stop: asked before each layer of our own passes, else before each micro-batch.
         micro_batch_tokens: tokens in work at the same time; bounds memory.
         decoder: the passes over the model as it is now; None makes them where they cover it.
         lanes: where rows are computed; None means in this thread.

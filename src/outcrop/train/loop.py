@@ -126,7 +126,7 @@ def train(
         on_resume: called with all rows of the earlier tries where the run goes on from there.
         on_portions: called when memory did not suffice and steps are computed in smaller portions
             from now on, with what is to be said about it.
-        should_stop: asked between micro-batches; an unfinished step is thrown away.
+        should_stop: asked before each layer of both passes; an unfinished step is thrown away.
         seed: decides the order of the records and the adapter's first values.
         threads: threads to compute with; 0 means all cores of this process.
         device: where to compute; None takes a GPU if there is one.
