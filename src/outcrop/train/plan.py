@@ -6,8 +6,8 @@ numbers of the method that really trains. What Bedrock has no parameter for is i
 `own_parameters.py`. It needs no torch, so the gateway refuses a bad value before a job exists.
 
 `learningRate` is in the units of full fine-tuning, as in Bedrock's examples. An adapter needs a
-larger one for the same effect: the catalogue's factor for the family and method says how much;
-docs/learning-rate.md says how it was chosen.
+larger one for the same effect: the catalogue's factor for the family and method says how much, and
+small batches take less of it; docs/learning-rate.md says how that was chosen.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NUMBER = re.compile(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 DEFAULT_WARMUP_STEPS = 5
 """For families without learningRateWarmupSteps: the default of Titan, which has it."""
+FULL_RATE_BATCH = 8
+"""Smaller batches of records train adapters at as much smaller a rate: one record's answer is a
+few dozen tokens, and a step at the full rate learns them by heart. Measured: docs/learning-rate.md.
+Pieces of raw text carry loss on every token, and take the full rate."""
 SPLIT_SEED = 0
 """Which records become validation records must not change between two tries of one job."""
 
@@ -60,7 +64,8 @@ class TrainPlan:
     batch_size: int
     """Records of one optimizer step."""
     learning_rate: float
-    """The optimizer's peak rate: the user's, times the factor of family and method."""
+    """The optimizer's peak rate: the user's, times the factor of family and method, times the share
+    of small batches."""
     warmup_steps: int
     """Steps of the linear rise to the peak."""
     lora_rank: int
@@ -156,11 +161,12 @@ def make_plan(
     if findings:
         raise ValidationException(" ".join(findings))
     effective |= {name: hyper_parameters[name] for name in OWN_NAMES if name in hyper_parameters}
-    return _plan(base, choice, values, effective, has_validation)
+    return _plan(base, customization_type, choice, values, effective, has_validation)
 
 
 def _plan(
     base: BaseModel,
+    customization_type: str,
     choice: Choice,
     values: Mapping[str, float],
     effective: Mapping[str, str],
@@ -170,6 +176,10 @@ def _plan(
     if rate is None:
         assert base.base_learning_rate is not None, f"{base.family} has no rate to multiply"
         rate = base.base_learning_rate * values.get("learningRateMultiplier", 1.0)
+    batch_size = int(values.get("batchSize", base.batch_size))
+    rate *= base.learning_rate_factor[choice.method]
+    if choice.method == "adapter" and customization_type == "FINE_TUNING":
+        rate *= min(1.0, batch_size / FULL_RATE_BATCH)
     percentage = None if has_validation else values.get("evalPercentage")
     early_stopping = None
     if "earlyStoppingPatience" in values and (has_validation or percentage):
@@ -181,8 +191,8 @@ def _plan(
         base_model=base.full_name,
         method=choice.method,
         num_epochs=int(values["epochCount"]),
-        batch_size=int(values.get("batchSize", base.batch_size)),
-        learning_rate=rate * base.learning_rate_factor[choice.method],
+        batch_size=batch_size,
+        learning_rate=rate,
         warmup_steps=int(values.get("learningRateWarmupSteps", DEFAULT_WARMUP_STEPS)),
         lora_rank=choice.lora.rank,
         lora_alpha=choice.lora.alpha,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -67,6 +68,21 @@ def test_published_example_is_understood() -> None:
     assert made.learning_rate == pytest.approx(1e-5 * factor)
     assert made.method == "adapter"
     assert made.total_steps(17) == 3
+
+
+def test_small_batches_of_records_train_adapters_at_a_smaller_rate() -> None:
+    rates = {size: plan(TITAN, batchSize=str(size)).learning_rate for size in (1, 4, 8, 64)}
+    full_rate = 1e-5 * base(TITAN).learning_rate_factor["adapter"]
+    assert rates == pytest.approx({1: full_rate / 8, 4: full_rate / 2, 8: full_rate, 64: full_rate})
+
+
+def test_raw_text_and_full_fine_tuning_take_the_rate_whatever_the_batch() -> None:
+    whole = plan(TITAN, batchSize="1", method="full")
+    assert whole.learning_rate == 1e-5
+    text = make_plan(
+        base(TITAN), "CONTINUED_PRE_TRAINING", {"batchSize": "1"}, has_validation=False
+    )
+    assert text.learning_rate == pytest.approx(1e-5 * base(TITAN).learning_rate_factor["adapter"])
 
 
 def test_given_values_come_back_as_sent_and_defaults_in_bedrocks_form() -> None:
@@ -298,7 +314,7 @@ def test_a_chained_job_may_train_all_weights_whatever_its_parent_has() -> None:
 
 def test_continued_pre_training_has_the_familys_table() -> None:
     made = make_plan(base(TITAN), "CONTINUED_PRE_TRAINING", {}, has_validation=False)
-    assert made == plan(TITAN)
+    assert made == dataclasses.replace(plan(TITAN), learning_rate=made.learning_rate)
     with pytest.raises(ValidationException, match="does not support CONTINUED_PRE_TRAINING"):
         make_plan(base(COHERE), "CONTINUED_PRE_TRAINING", {}, has_validation=False)
 
