@@ -476,6 +476,46 @@ def test_progress_is_what_was_last_reported(engine: Engine) -> None:
         assert found.progress == {"step": 2, "loss": 0.5}
 
 
+def test_the_plan_of_a_run_outlives_its_attempt_and_only_its_holder_writes_it(
+    engine: Engine,
+) -> None:
+    with transaction(engine) as connection:
+        job = running(connection, "a")
+        assert job.run_plan == {}
+        assert jobs.record_run_plan(connection, job.id, job.fence, {"portions": {"tokens": 512}})
+        assert jobs.requeue(connection, job.id, job.fence, "It died.")
+        assert not jobs.record_run_plan(connection, job.id, job.fence, {"portions": {}})
+        again = claimed(connection, job)
+        assert again.run_plan == {"portions": {"tokens": 512}}
+        assert not jobs.record_run_plan(connection, job.id, job.fence, {})
+        assert jobs.record_run_plan(connection, again.id, again.fence, {"portions": {"tokens": 8}})
+
+
+def test_an_attempt_reports_events_as_long_as_it_holds_the_job(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        job = running(connection, "a")
+        told = ("WARNING", "OutOfMemory", "Steps are computed in smaller portions.")
+        assert jobs.report_event(connection, job.id, job.fence, *told)
+        found = events.list_events(connection, job.id)[-1]
+        assert (found.level, found.type, found.message) == told
+        before = types_of_events(connection, job)
+        assert not jobs.report_event(connection, job.id, job.fence + 1, *told)
+        assert types_of_events(connection, job) == before
+
+
+def test_artifacts_of_models_and_of_what_unfinished_jobs_start_from_are_in_use(
+    engine: Engine,
+) -> None:
+    with transaction(engine) as connection:
+        queued(connection, "plain")
+        spec = {**new_job("x").spec, "parent": {"artifactPath": "models/custom/parent/1"}}
+        chained = running(connection, "chained", spec=spec)
+        assert models.artifact_paths(connection) == {"models/custom/parent/1"}
+        child = new_model("child", artifact_path="models/custom/child/1")
+        assert jobs.complete_job(connection, chained.id, chained.fence, result={}, model=child)
+        assert models.artifact_paths(connection) == {"models/custom/child/1"}
+
+
 def test_turns_are_remembered_by_account(engine: Engine) -> None:
     with transaction(engine) as connection:
         running(connection, "a")
