@@ -298,8 +298,6 @@ def _head(
     )
     chunk = HEAD_CHUNK_TOKENS[decoder.device.type]
     dhead_VD = None if gradients is None else gradients.head_VD
-    if dhead_VD is not None:
-        dhead_VD.zero_()
     losses, dnormed = [], []
     for hidden_LD, labels in zip(normed_LD.split(chunk), labels_L.split(chunk), strict=True):
         logits_LV = hidden_LD @ head_VD.t()
@@ -307,7 +305,11 @@ def _head(
         if scale:
             dnormed.append(logits_LV @ head_VD)
             if dhead_VD is not None:
-                dhead_VD += logits_LV.t() @ hidden_LD
+                product_VD = logits_LV.t() @ hidden_LD
+                if len(losses) == 1:
+                    dhead_VD.copy_(product_VD)
+                else:
+                    dhead_VD += product_VD
     dx_LD = torch.zeros_like(x_LD)
     if scale:
         dnormed_LD = torch.cat(dnormed)

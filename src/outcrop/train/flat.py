@@ -8,7 +8,7 @@ tokens) has them in wide numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -19,6 +19,8 @@ from outcrop.models.decoder import Decoder, Joined, JoinedTensors, LayerTensors,
 from outcrop.models.kernels import wide
 from outcrop.models.lora import LoraLinear
 
+PIECE = 1 << 20
+"""Numbers of the gradient that are summed up together: 4 MB."""
 GROUPS = ("qkv", "out", "gate_up", "down")
 Take = Callable[[tuple[int, ...]], Tensor]
 
@@ -71,17 +73,29 @@ class FlatTensors:
         tables, norms = rest.split([len(rest) - len(self.norms), len(self.norms)])
         return Gradients(matrices, rest, _bind(self.decoder, self.method, matrices, tables, norms))
 
-    def collect(self, gradients: Gradients) -> None:
-        """Add the gradient of a row to the masters'."""
+    def collect(self, rows: Sequence[Gradients]) -> None:
+        """Add the gradients of rows to the masters', in their order.
+
+        Piece by piece, so that a sum is still in the cache when the next row is added to it.
+        """
         count, master = self.num_matrices, self.master
+        is_first = master.grad is None
+        master.grad = self.gradient
         with torch.no_grad():
-            if master.grad is None:
-                master.grad = self.gradient
-                master.grad[:count].copy_(gradients.matrices)
-                master.grad[count:].copy_(gradients.rest)
-            else:
-                master.grad[:count].add_(gradients.matrices)
-                master.grad[count:].add_(gradients.rest)
+            for start in range(0, len(master), PIECE):
+                stop = min(start + PIECE, len(master))
+                total = self.gradient[start:stop]
+                for place, row in enumerate(rows):
+                    matrices = row.matrices[start:stop]
+                    rest = row.rest[max(0, start - count) : max(0, stop - count)]
+                    for part, piece in (
+                        (total[: len(matrices)], matrices),
+                        (total[len(matrices) :], rest),
+                    ):
+                        if is_first and place == 0:
+                            part.copy_(piece)
+                        else:
+                            part.add_(piece)
 
     def scale_gradient(self) -> None:
         """Give the gradient of B its factor; once, when all rows are collected."""

@@ -139,8 +139,7 @@ def _by_hand(
         ]
         total += sum(lanes.run(tasks))
         _check_finite(total)
-        for room in rooms[: len(rows)]:
-            flat.collect(room)
+        flat.collect(rooms[: len(rows)])
     flat.scale_gradient()
     return total
 

@@ -217,9 +217,14 @@ class Run:
 
     def _clip(self) -> float:
         """Cut the gradients to their greatest length; return the length that they had."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.masters, MAX_GRADIENT_NORM))
+        masters = self._trainable.masters
+        gradients = [master.grad for master in masters if master.grad is not None]
+        length = torch.nn.utils.get_total_norm(gradients)
+        norm = float(length)
         if not math.isfinite(norm):
             raise NonFiniteLossError(f"the norm of the gradient became {norm}. {NOT_FINITE_ADVICE}")
+        if norm > MAX_GRADIENT_NORM * 0.999:  # below, every number would be multiplied by one
+            torch.nn.utils.clip_grads_with_norm_(masters, MAX_GRADIENT_NORM, length)
         return norm
 
     def _update(self) -> float:
