@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from tests.assets.architectures import ARCHITECTURES, VOCABULARY, Architecture, InFloat64
+from tests.assets.tiny_plan import tiny_plan
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -79,19 +80,14 @@ BATCH = examples()
 
 
 def plan(architecture: Architecture, method: str) -> TrainPlan:
-    return TrainPlan(
-        base_model="Tiny",
+    return tiny_plan(
         method=method,
-        num_epochs=1,
         batch_size=len(BATCH),
         learning_rate=1e-3,
         warmup_steps=0,
         lora_rank=RANK,
         lora_alpha=ALPHA,
         lora_targets=architecture.linears,
-        early_stopping=None,
-        evaluation_percentage=None,
-        hyper_parameters={},
     )
 
 

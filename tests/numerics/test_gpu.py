@@ -17,6 +17,7 @@ from tests.assets.architectures import ARCHITECTURES, LLAMA_LINEARS
 from tests.assets.pointwise_cases import CASES, ROWS, copies, tensors
 from tests.assets.tiny_examples import learnable_examples, tiny_examples
 from tests.assets.tiny_model import write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 from torch import Tensor
 
 from outcrop.data.records import Example
@@ -29,7 +30,6 @@ from outcrop.train.gradients import gather_gradients
 from outcrop.train.loop import TrainResult, train
 from outcrop.train.methods import make_trainable
 from outcrop.train.metrics import StepRow
-from outcrop.train.plan import TrainPlan
 from outcrop.train.portions import Portions
 from outcrop.train.prediction import ModelShape
 
@@ -41,20 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
 BY_HAND = [name for name, architecture in ARCHITECTURES.items() if architecture.by_hand]
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=2,
-    batch_size=4,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    lora_rank=4,
-    lora_alpha=8.0,
-    lora_targets=LLAMA_LINEARS,
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
-)
+PLAN = tiny_plan(num_epochs=2, batch_size=4, lora_targets=LLAMA_LINEARS)
 SEPARATE = tiny_examples(8, longest=40)
 SHARING = [
     Example([*range(3, 12), *example.input_ids], [*[False] * 9, *example.loss_mask])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import tiny_examples
 from tests.assets.tiny_model import frozen_tiny_model, tiny_model
+from tests.assets.tiny_plan import tiny_plan
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -23,24 +24,16 @@ from outcrop.evaluate.likelihood import num_loss_tokens, token_losses
 from outcrop.models.lora import Adapter, LoraConfig, LoraLinear, adapter_of, attach
 from outcrop.train.gradients import gather_gradients
 from outcrop.train.methods import Trainable, make_trainable
-from outcrop.train.plan import TrainPlan
 from outcrop.train.portions import Portions
 
 CONFIG = LoraConfig(rank=4, alpha=10.0)
 EXAMPLES = tiny_examples(8)
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=1,
-    batch_size=8,
+PLAN = tiny_plan(
     learning_rate=1e-3,
     warmup_steps=0,
     lora_rank=CONFIG.rank,
     lora_alpha=CONFIG.alpha,
     lora_targets=CONFIG.targets,
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
 )
 
 

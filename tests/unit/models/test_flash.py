@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import tiny_examples
 from tests.assets.tiny_model import VOCABULARY, frozen_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
@@ -23,21 +24,12 @@ from outcrop.models.flash import fits, forward, place_spans, span_numbers
 from outcrop.models.rows import Segment
 from outcrop.train.gradients import gather_gradients
 from outcrop.train.methods import make_trainable
-from outcrop.train.plan import TrainPlan
 
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=1,
-    batch_size=8,
+PLAN = tiny_plan(
     learning_rate=1e-3,
     warmup_steps=0,
-    lora_rank=4,
     lora_alpha=10.0,
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
 )
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.assets.architectures import ARCHITECTURES, Architecture
 from tests.assets.tiny_examples import learnable_examples
+from tests.assets.tiny_plan import tiny_plan
 from torch import Tensor
 
 from outcrop.models.load import load_base
@@ -37,19 +38,11 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 
 def plan(architecture: Architecture, method: str = "adapter") -> TrainPlan:
-    return TrainPlan(
-        base_model="Tiny",
+    return tiny_plan(
         method=method,
-        num_epochs=1,
-        batch_size=8,
         learning_rate=3e-2 if method == "adapter" else 3e-3,
         warmup_steps=0,
-        lora_rank=4,
-        lora_alpha=8.0,
         lora_targets=architecture.linears,
-        early_stopping=None,
-        evaluation_percentage=None,
-        hyper_parameters={},
     )
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
@@ -27,20 +28,7 @@ from outcrop.train.plan import TrainPlan
 
 CONTEXT = 512
 LAYERS = 2
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=2,
-    batch_size=4,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    lora_rank=4,
-    lora_alpha=8.0,
-    lora_targets=("q_proj", "down_proj"),
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
-)
+PLAN = tiny_plan(num_epochs=2, batch_size=4)
 TRAINING = learnable_examples(12)
 ONE_TOKEN = Example([5], [True])
 NO_COMPLETION = Example([5, 6, 7], [False] * 3)

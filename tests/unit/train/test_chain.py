@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 from torch import Tensor
 
 from outcrop.errors import ModelError, StopRequested
@@ -23,20 +24,7 @@ from outcrop.train.loop import train
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
 
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=1,
-    batch_size=8,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    lora_rank=4,
-    lora_alpha=8.0,
-    lora_targets=("q_proj", "v_proj", "up_proj", "down_proj"),
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
-)
+PLAN = tiny_plan(lora_targets=("q_proj", "v_proj", "up_proj", "down_proj"))
 FULL = dataclasses.replace(PLAN, method="full", learning_rate=2e-3)
 LARGER = dataclasses.replace(
     PLAN, lora_rank=12, lora_alpha=24.0, lora_targets=(*PLAN.lora_targets, "o_proj")

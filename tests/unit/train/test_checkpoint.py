@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.data.records import Example
 from outcrop.errors import StopRequested, TrainingError
@@ -32,19 +33,8 @@ from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
 from outcrop.train.portions import Portions
 
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=2,
-    batch_size=8,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    lora_rank=4,
-    lora_alpha=8.0,
-    lora_targets=("q_proj", "down_proj"),
-    early_stopping=EarlyStopping(0.0, 50),
-    evaluation_percentage=None,
-    hyper_parameters={"epochCount": "2"},
+PLAN = tiny_plan(
+    num_epochs=2, early_stopping=EarlyStopping(0.0, 50), hyper_parameters={"epochCount": "2"}
 )
 TRAINING, VALIDATION = learnable_examples(36), learnable_examples(8, seed=1)
 IDENTITY = Identity("data", "run")

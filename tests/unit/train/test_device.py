@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
 from outcrop.errors import TrainingError
@@ -24,24 +25,17 @@ from outcrop.train.device import (
 )
 from outcrop.train.loop import train
 from outcrop.train.metrics import StepRow
-from outcrop.train.plan import TrainPlan
 from outcrop.train.portions import KEPT_TOKENS, Portions
 from outcrop.train.prediction import ModelShape
 
 CPU = torch.device("cpu")
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=1,
+PLAN = tiny_plan(
     batch_size=4,
     learning_rate=1e-3,
     warmup_steps=0,
     lora_rank=16,
     lora_alpha=32.0,
     lora_targets=("q_proj", "v_proj", "down_proj"),
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
 )
 LARGE = ModelShape.of(
     {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import VOCABULARY, tiny_model, write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
@@ -20,21 +21,13 @@ from outcrop.models.lora import load_adapter, set_adapter
 from outcrop.train.batches import describe_batch, shuffled
 from outcrop.train.loop import ARTIFACT, folder_digest, train
 from outcrop.train.metrics import StepRow, ValidationRow
-from outcrop.train.plan import EarlyStopping, TrainPlan
+from outcrop.train.plan import EarlyStopping
 
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
+PLAN = tiny_plan(
     num_epochs=2,
-    batch_size=8,
-    learning_rate=1e-2,
-    warmup_steps=2,
     lora_rank=8,
     lora_alpha=16.0,
     lora_targets=("q_proj", "v_proj", "up_proj", "down_proj"),
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
 )
 TRAINING = learnable_examples(60)
 VALIDATION = learnable_examples(12, seed=1)

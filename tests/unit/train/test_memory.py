@@ -16,6 +16,7 @@ import torch
 from tests.assets.smollm2 import smollm2_folder
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import tiny_model, write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 from transformers import GPT2Config, GPTNeoXConfig
 
 from outcrop.data.records import Example
@@ -36,25 +37,11 @@ from outcrop.train.memory import (
     spoils_the_process,
 )
 from outcrop.train.metrics import StepRow, ValidationRow
-from outcrop.train.plan import TrainPlan
 from outcrop.train.portions import Portions
 from outcrop.train.prediction import SHIPPED_SHAPE, ModelShape, computing_bytes, predict_memory
 
 REPOSITORY = Path(__file__).parents[3]
-PLAN = TrainPlan(
-    base_model="Tiny",
-    method="adapter",
-    num_epochs=1,
-    batch_size=8,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    lora_rank=4,
-    lora_alpha=8.0,
-    lora_targets=("q_proj", "down_proj"),
-    early_stopping=None,
-    evaluation_percentage=None,
-    hyper_parameters={},
-)
+PLAN = tiny_plan()
 TRAINING, VALIDATION = learnable_examples(36), learnable_examples(8, seed=1)
 REFUSED = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
 needs_a_bound = pytest.mark.skipif(

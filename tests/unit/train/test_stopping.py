@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
 from tests.assets.tiny_model import write_tiny_model
+from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.errors import StopRequested, TrainingError
 from outcrop.evaluate.likelihood import evaluate_likelihood
@@ -24,19 +25,13 @@ from outcrop.train.metrics import ValidationRow
 from outcrop.train.plan import EarlyStopping, TrainPlan
 from outcrop.train.stopping import BEST
 
-PLAN = TrainPlan(
-    base_model="Tiny",
+PLAN = tiny_plan(
     method="full",
     num_epochs=6,
     batch_size=4,
     learning_rate=2e-2,
     warmup_steps=0,
-    lora_rank=4,
-    lora_alpha=8.0,
-    lora_targets=("q_proj", "down_proj"),
     early_stopping=EarlyStopping(0.0, patience=3),
-    evaluation_percentage=None,
-    hyper_parameters={},
 )
 """Few records and a rate that is too large: the validation loss falls, then rises."""
 TRAINING, VALIDATION = learnable_examples(12), learnable_examples(12, seed=1)
