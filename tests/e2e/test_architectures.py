@@ -68,7 +68,7 @@ def test_a_model_of_the_architecture_is_fine_tuned_and_served(service: Service, 
     arn = service.create_job(
         *(bucket, f"job-{kind}"),
         baseModelIdentifier=model_id(kind),
-        hyperParameters={"epochCount": "3", "batchSize": "4", "learningRate": "0.00001"},
+        hyperParameters={"epochCount": "3", "batchSize": "4", "learningRate": "0.00003"},
     )
     job = service.wait_for_job(arn)
     assert job["status"] == "Completed", job.get("failureMessage")
