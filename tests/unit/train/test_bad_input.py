@@ -7,14 +7,13 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
-from tests.assets.tiny_model import write_tiny_model
 from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.data.records import Example
@@ -35,18 +34,6 @@ NO_COMPLETION = Example([5, 6, 7], [False] * 3)
 WHOLE_CONTEXT = Example(
     [place % 90 + 3 for place in range(CONTEXT)], [place > 3 for place in range(CONTEXT)]
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run(

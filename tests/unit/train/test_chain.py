@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
-from tests.assets.tiny_model import write_tiny_model
 from tests.assets.tiny_plan import tiny_plan
 from torch import Tensor
 
@@ -33,18 +31,6 @@ TRAINING = learnable_examples(40)
 MORE = learnable_examples(24, seed=2)
 VALIDATION = learnable_examples(12, seed=1)
 PLANS = {"adapter": PLAN, "full": FULL}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run(

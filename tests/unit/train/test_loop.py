@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
-from tests.assets.tiny_model import VOCABULARY, tiny_model, write_tiny_model
+from tests.assets.tiny_model import VOCABULARY, tiny_model
 from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.data.records import Example
@@ -31,18 +30,6 @@ PLAN = tiny_plan(
 )
 TRAINING = learnable_examples(60)
 VALIDATION = learnable_examples(12, seed=1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_run_reports_every_step_and_learns(folder: Path, tmp_path: Path) -> None:

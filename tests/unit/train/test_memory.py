@@ -6,7 +6,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,6 @@ REFUSED = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 
 needs_a_bound = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux holds a process to a bound of its memory"
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # --- portions ------------------------------------------------------------------------------------

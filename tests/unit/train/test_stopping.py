@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.assets.tiny_examples import learnable_examples
-from tests.assets.tiny_model import write_tiny_model
 from tests.assets.tiny_plan import tiny_plan
 
 from outcrop.errors import StopRequested, TrainingError
@@ -35,18 +34,6 @@ PLAN = tiny_plan(
 )
 """Few records and a rate that is too large: the validation loss falls, then rises."""
 TRAINING, VALIDATION = learnable_examples(12), learnable_examples(12, seed=1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclasses.dataclass
