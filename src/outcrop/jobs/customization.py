@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("outcrop.attempt")
 
+RESERVED_SHARE = 3
+"""The bound counts what the C library has reserved, also where nothing was written. With a store for
+each thread and rows of ever other lengths, that grows to about twice of what is resident."""
 THREADS = "threads"
 """In a job's run plan: how its cores are used."""
 
