@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("outcrop.attempt")
 
 RESERVED_SHARE = 3
-"""The bound counts what the C library has reserved, also where nothing was written. With a store for
-each thread and rows of ever other lengths, that grows to about twice of what is resident."""
+"""The bound counts what the C library has reserved, also where nothing was written. With a store
+for each thread and rows of ever other lengths, that grows to about twice of what is resident."""
 THREADS = "threads"
 """In a job's run plan: how its cores are used."""
 
@@ -135,7 +135,7 @@ def run(
     on_cpu = device.type == "cpu"
     allowed = memory.given(settings, job.memory_bytes)
     # A GPU's driver takes address space by the terabyte, and the bound is of no use to its memory.
-    with bounded_memory(allowed, job.cores) if on_cpu else nullcontext():
+    with bounded_memory(RESERVED_SHARE * allowed, job.cores) if on_cpu else nullcontext():
         result = train(
             plan,
             folder,
