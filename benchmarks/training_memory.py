@@ -26,12 +26,19 @@ from benchmarks.running import write_result
 
 from outcrop.data.records import Example
 from outcrop.models.catalog import load_catalog
+from outcrop.models.load import compute_dtype
 from outcrop.models.weights import SHIPPED_KEY, ensure_weights
 from outcrop.settings import Settings
-from outcrop.train.memory import bounded_memory, held_bytes, peak_memory_bytes
+from outcrop.train.memory import bounded_memory, held_bytes, limit_primitives, peak_memory_bytes
 from outcrop.train.plan import TrainPlan, make_plan
 from outcrop.train.portions import Portions
-from outcrop.train.prediction import MEMORY_TOLERANCE, ModelShape, computing_bytes, predict_memory
+from outcrop.train.prediction import (
+    MEMORY_TOLERANCE,
+    ModelShape,
+    computing_bytes,
+    num_primitives,
+    predict_memory,
+)
 
 METHODS = ("adapter", "full")
 TOKENS = (256, 1024, 2048, 4096)
@@ -159,6 +166,8 @@ def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
     from outcrop.train.loop import train
     from outcrop.train.tuning import ThreadPlan
 
+    limit_primitives(LANES)
+
     examples = _examples(cell, ModelShape.read(weights).vocabulary)
     plan = _plan(cell, len(examples) // STEPS)
     peaks = []
@@ -172,6 +181,7 @@ def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         before, resident = held_bytes(), peak_memory_bytes()
+        _meet_shapes()
         watcher = threading.Thread(target=sample, daemon=True)
         watcher.start()
         # A given use of the cores, so that no time goes into measuring the best one.
@@ -187,6 +197,16 @@ def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
     is_over.set()
     watcher.join()
     return Measured(peak_memory_bytes(), max(peaks) - before, resident)
+
+
+def _meet_shapes() -> None:
+    """Have oneDNN prepare products of as many shapes as it keeps, as a long run of records of ever
+    other lengths does in its first dozen steps."""
+    import torch
+
+    weight = torch.ones(576, 576, dtype=compute_dtype())
+    for rows in range(1, num_primitives(LANES) + 1):
+        torch.mm(torch.ones(rows, 576, dtype=compute_dtype()), weight)
 
 
 def _examples(cell: Cell, vocabulary: int) -> list[Example]:

@@ -38,6 +38,7 @@ from outcrop.models.decoder import Decoder, make_decoder
 from outcrop.models.kernels import wide
 from outcrop.models.lanes import Lanes
 from outcrop.models.passes import row_losses
+from outcrop.models.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -114,14 +115,17 @@ def _mean_by_hand(
         if should_stop():
             raise StopRequested
 
-    def one(hand: Sequence[Example]) -> tuple[float, int]:
-        losses_L = row_losses(decoder, lay_row(hand), check)
+    def one(hand: Sequence[Example], workspace: Workspace) -> tuple[float, int]:
+        losses_L = row_losses(decoder, lay_row(hand), check, workspace)
         return float(losses_L.double().sum()), losses_L.numel()
 
     total, num_tokens = 0.0, 0
     for first in range(0, len(hands), lanes.count):
         check()
-        tasks = [partial(one, hand) for hand in hands[first : first + lanes.count]]
+        tasks = [
+            partial(one, hand, workspace)
+            for hand, workspace in zip(hands[first:], lanes.workspaces, strict=False)
+        ]
         for loss, count in lanes.run(tasks):
             total += loss
             num_tokens += count

@@ -37,7 +37,7 @@ from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
-from outcrop.train.memory import bounded_memory
+from outcrop.train.memory import bounded_memory, reserved_bytes
 from outcrop.train.plan import TrainPlan, make_plan
 from outcrop.train.portions import Portions
 from outcrop.train.prediction import ModelShape
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("outcrop.attempt")
 
-RESERVED_SHARE = 3
-"""The bound counts what the C library has reserved, also where nothing was written. With a store
-for each thread and rows of ever other lengths, that grows to about twice of what is resident."""
 THREADS = "threads"
 """In a job's run plan: how its cores are used."""
 
@@ -135,7 +132,8 @@ def run(
     on_cpu = device.type == "cpu"
     allowed = memory.given(settings, job.memory_bytes)
     # A GPU's driver takes address space by the terabyte, and the bound is of no use to its memory.
-    with bounded_memory(RESERVED_SHARE * allowed, job.cores) if on_cpu else nullcontext():
+    bound = allowed + reserved_bytes(job.cores)
+    with bounded_memory(bound, job.cores) if on_cpu else nullcontext():
         result = train(
             plan,
             folder,

@@ -9,6 +9,7 @@ queries of a block, K keys, H width of a head.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from outcrop.models import flash, kernels
 from outcrop.models.decoder import Decoder
 from outcrop.models.kernels import Layout
+from outcrop.models.workspace import Stack, Take
 
 BLOCK_ROWS = 256
 """Queries that are looked at together: bounds a matrix of scores, and what lies above its
@@ -38,19 +40,29 @@ class KeptBlocks:
 Kept = KeptBlocks | flash.Kept
 
 
-def attention_forward(decoder: Decoder, layout: Layout, qkv_TO: Tensor) -> tuple[Tensor, Kept]:
-    """Return (the output, (T, heads of queries * width), what the backward pass needs)."""
+def attention_forward(
+    decoder: Decoder, layout: Layout, qkv_TO: Tensor, keep: Take, scratch: Stack
+) -> tuple[Tensor, Kept]:
+    """Return (the output, (T, heads of queries * width), what the backward pass needs).
+
+    Args:
+        keep: gives room for both results.
+    """
     if layout.spans is not None:
         rows = kernels.rotate_rows(qkv_TO, layout, decoder.groups, decoder.heads_a_group)
         return flash.forward(rows, layout.spans, decoder.groups, layout.window)
     heads = decoder.groups * decoder.heads_a_group
-    query, key, value = kernels.split_heads(qkv_TO, layout, decoder.groups, decoder.heads_a_group)
-    blocks, weights = _blocks_forward(decoder, layout, query, key, value)
-    output_TO = kernels.move_heads(blocks, layout, to_rows=True, heads=heads)
+    query, key, value = kernels.split_heads(
+        qkv_TO, layout, decoder.groups, decoder.heads_a_group, keep
+    )
+    blocks, weights = _blocks_forward(decoder, layout, query, key, value, keep, scratch)
+    output_TO = kernels.move_heads(blocks, layout, to_rows=True, heads=heads, take=keep)
     return output_TO, KeptBlocks(query, key, value, weights)
 
 
-def attention_backward(decoder: Decoder, layout: Layout, kept: Kept, doutput_TO: Tensor) -> Tensor:
+def attention_backward(
+    decoder: Decoder, layout: Layout, kept: Kept, doutput_TO: Tensor, scratch: Stack
+) -> Tensor:
     """Return the gradient of the queries, keys and values, (T, O), from that of the output."""
     if isinstance(kept, flash.Kept):
         assert layout.spans is not None
@@ -58,10 +70,15 @@ def attention_backward(decoder: Decoder, layout: Layout, kept: Kept, doutput_TO:
         return kernels.merge_rows(*parts, layout)
     heads = decoder.groups * decoder.heads_a_group
     dblocks = kernels.move_heads(
-        doutput_TO.view(layout.num_rows, heads, decoder.head_width), layout, to_rows=False
+        doutput_TO.view(layout.num_rows, heads, decoder.head_width),
+        layout,
+        to_rows=False,
+        take=scratch.take,
     )
-    dquery, dkey, dvalue = _blocks_backward(decoder, layout, kept, dblocks)
-    return kernels.merge_heads(dquery, dkey, dvalue, layout, decoder.groups, decoder.heads_a_group)
+    dquery, dkey, dvalue = _blocks_backward(decoder, layout, kept, dblocks, scratch)
+    return kernels.merge_heads(
+        *(dquery, dkey, dvalue, layout, decoder.groups, decoder.heads_a_group, scratch.take)
+    )
 
 
 @dataclass(frozen=True)
@@ -98,36 +115,51 @@ def _blocks(decoder: Decoder, layout: Layout) -> list[_Block]:
 
 
 def _blocks_forward(
-    decoder: Decoder, layout: Layout, query: Tensor, key: Tensor, value: Tensor
+    decoder: Decoder,
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Take,
+    scratch: Stack,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return (blocks of outputs, laid out as the queries, the weights of attention to keep)."""
-    output, kept = torch.empty_like(query), []
+    output, kept = scratch.take(tuple(query.shape), query.dtype), []
     for block in _blocks(decoder, layout):
         query_GSH, key_GKH, value_GKH = _operands(decoder, block, query, key, value)
-        weights_GSK = _weights(decoder, layout, block, query_GSH, key_GKH)
-        torch.bmm(weights_GSK, value_GKH, out=output[block.queries].view_as(query_GSH))
-        kept.append(weights_GSK if block.end <= KEPT_KEYS else None)
+        is_kept = block.end <= KEPT_KEYS
+        with nullcontext() if is_kept else scratch.part():
+            take = keep if is_kept else scratch.take
+            weights_GSK = _weights(decoder, layout, block, query_GSH, key_GKH, take)
+            torch.bmm(weights_GSK, value_GKH, out=output[block.queries].view_as(query_GSH))
+        kept.append(weights_GSK if is_kept else None)
     return output, tuple(kept)
 
 
 def _blocks_backward(
-    decoder: Decoder, layout: Layout, kept: KeptBlocks, doutput: Tensor
+    decoder: Decoder, layout: Layout, kept: KeptBlocks, doutput: Tensor, scratch: Stack
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values, laid out as they are."""
-    dquery = torch.empty_like(kept.query)
-    dkey, dvalue = torch.zeros_like(kept.key), torch.zeros_like(kept.value)
+    dquery, dkey, dvalue = (
+        scratch.take(tuple(tensor.shape), tensor.dtype)
+        for tensor in (kept.query, kept.key, kept.value)
+    )
+    dkey.zero_()
+    dvalue.zero_()
     scale = decoder.head_width**-0.5
     for block, weights_GSK in zip(_blocks(decoder, layout), kept.weights, strict=True):
         query_GSH, key_GKH, value_GKH = _operands(decoder, block, kept.query, kept.key, kept.value)
         dquery_GSH, dkey_GKH, dvalue_GKH = _operands(decoder, block, dquery, dkey, dvalue)
         doutput_GSH = doutput[block.queries].view_as(query_GSH)
-        if weights_GSK is None:
-            weights_GSK = _weights(decoder, layout, block, query_GSH, key_GKH)
-        dvalue_GKH.baddbmm_(weights_GSK.transpose(1, 2), doutput_GSH)
-        dscores_GSK = torch.bmm(doutput_GSH, value_GKH.transpose(1, 2))
-        kernels.softmax_backward(weights_GSK, dscores_GSK, scale)
-        torch.bmm(dscores_GSK, key_GKH, out=dquery_GSH)
-        dkey_GKH.baddbmm_(dscores_GSK.transpose(1, 2), query_GSH)
+        with scratch.part():
+            if weights_GSK is None:
+                weights_GSK = _weights(decoder, layout, block, query_GSH, key_GKH, scratch.take)
+            dvalue_GKH.baddbmm_(weights_GSK.transpose(1, 2), doutput_GSH)
+            dscores_GSK = scratch.take(tuple(weights_GSK.shape), weights_GSK.dtype)
+            torch.bmm(doutput_GSH, value_GKH.transpose(1, 2), out=dscores_GSK)
+            kernels.softmax_backward(weights_GSK, dscores_GSK, scale)
+            torch.bmm(dscores_GSK, key_GKH, out=dquery_GSH)
+            dkey_GKH.baddbmm_(dscores_GSK.transpose(1, 2), query_GSH)
     return dquery, dkey, dvalue
 
 
@@ -143,8 +175,15 @@ def _operands(
 
 
 def _weights(
-    decoder: Decoder, layout: Layout, block: _Block, query_GSH: Tensor, key_GKH: Tensor
+    decoder: Decoder,
+    layout: Layout,
+    block: _Block,
+    query_GSH: Tensor,
+    key_GKH: Tensor,
+    take: Take,
 ) -> Tensor:
-    scores_GSK = torch.bmm(query_GSH, key_GKH.transpose(1, 2))
+    groups, rows, _ = query_GSH.shape
+    scores_GSK = take((groups, rows, key_GKH.shape[1]), query_GSH.dtype)
+    torch.bmm(query_GSH, key_GKH.transpose(1, 2), out=scores_GSK)
     kernels.softmax_forward(scores_GSK, block.rows, decoder.head_width**-0.5, layout.window)
     return scores_GSK

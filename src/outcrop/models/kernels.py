@@ -6,6 +6,8 @@ and needs a C compiler once for each machine and data directory; without one, on
 torch.compile makes kernels of them) and in float64, the second does. Backward functions are called
 by hand (decoder.py), so nothing here is a node of a graph.
 
+Where a function takes a `take`, its results lie in room that this gives; None means new tensors.
+
 Wide numbers (the residual stream, norms, losses) are float32; float64 where the matrices are.
 
 Axis suffixes: T rows (tokens), D model width, I inner width, V vocabulary, L rows that carry loss.
@@ -36,6 +38,7 @@ from outcrop.models.flash import Spans, in_fixed_order
 from outcrop.models.fused import Fused
 from outcrop.models.pointwise import wide as wide
 from outcrop.models.rows import Segment
+from outcrop.models.workspace import Take
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +145,20 @@ class Layout:
 
 
 def norm_forward(
-    x_TD: Tensor, change_TD: Tensor | None, weight_D: Tensor, epsilon: float, dtype: torch.dtype
+    x_TD: Tensor,
+    change_TD: Tensor | None,
+    weight_D: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
+    take: Take | None = None,
+    take_sum: Take | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add a change to the residual stream and take its root-mean-square norm.
 
     Args:
         x_TD: wide numbers, as are `weight_D` and the first and the last result.
         dtype: of the matrices, and so of `change_TD` and the second result.
+        take_sum: gives the room for the first result, which is `x_TD` itself without a change.
     Returns:
         (sum_TD, normed_TD, scale_T)
     """
@@ -159,9 +169,9 @@ def norm_forward(
         )
         return found
     rows, width = x_TD.shape
-    sum_TD = x_TD if change_TD is None else torch.empty_like(x_TD)
-    normed_TD = torch.empty(rows, width, dtype=dtype)
-    scale_T = torch.empty(rows)
+    sum_TD = x_TD if change_TD is None else _room(take_sum or take, x_TD, rows, width)
+    normed_TD = _room(take, x_TD, rows, width, dtype=dtype)
+    scale_T = _room(take, x_TD, rows)
     kernels.norm_forward(
         *(rows, width, _at(x_TD), _at(change_TD), _at(sum_TD), _at(weight_D)),
         *(epsilon, _at(normed_TD), _at(scale_T)),
@@ -170,7 +180,12 @@ def norm_forward(
 
 
 def norm_backward(
-    dnormed_TD: Tensor, x_TD: Tensor, weight_D: Tensor, scale_T: Tensor, dx_TD: Tensor
+    dnormed_TD: Tensor,
+    x_TD: Tensor,
+    weight_D: Tensor,
+    scale_T: Tensor,
+    dx_TD: Tensor,
+    take: Take | None = None,
 ) -> Tensor:
     """Add the gradient through a norm to `dx_TD`, in place; return that in the matrices' type."""
     dtype = dnormed_TD.dtype
@@ -179,7 +194,7 @@ def norm_backward(
         rounded_TD: Tensor = _norm_backward(dnormed_TD, x_TD, weight_D, scale_T, dx_TD)
         return rounded_TD
     rows, width = x_TD.shape
-    out_TD = torch.empty(rows, width, dtype=dtype)
+    out_TD = _room(take, x_TD, rows, width, dtype=dtype)
     kernels.norm_backward(
         *(rows, width, _at(dnormed_TD), _at(x_TD), _at(weight_D), _at(scale_T)),
         *(_at(dx_TD), _at(out_TD)),
@@ -187,26 +202,29 @@ def norm_backward(
     return out_TD
 
 
-def gated_forward(gate_up_TI: Tensor) -> Tensor:
+def gated_forward(gate_up_TI: Tensor, take: Take | None = None) -> Tensor:
     """Return silu(gate) * up, half as wide as the argument, whose rows hold gate, then up."""
     kernels = _kernels(gate_up_TI, gate_up_TI.dtype)
     rows, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     if kernels is None:
         gated_TI: Tensor = _gated_forward(gate_up_TI)
         return gated_TI
-    out_TI = gate_up_TI.new_empty(rows, width)
+    out_TI = _room(take, gate_up_TI, rows, width)
     kernels.gated_forward(rows, width, _at(gate_up_TI), _at(out_TI))
     return out_TI
 
 
-def gated_backward(dout_TI: Tensor, gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
+def gated_backward(
+    dout_TI: Tensor, gate_up_TI: Tensor, take: Take | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (the gradient of `gate_up_TI`, what `gated_forward` gave)."""
     kernels = _kernels(gate_up_TI, gate_up_TI.dtype)
     rows, width = dout_TI.shape
     if kernels is None:
         found: tuple[Tensor, Tensor] = _gated_backward(dout_TI, gate_up_TI)
         return found
-    dgate_up_TI, out_TI = torch.empty_like(gate_up_TI), torch.empty_like(dout_TI)
+    dgate_up_TI = _room(take, gate_up_TI, *gate_up_TI.shape)
+    out_TI = _room(take, gate_up_TI, rows, width)
     kernels.gated_backward(
         *(rows, width, _at(dout_TI), _at(gate_up_TI), _at(dgate_up_TI), _at(out_TI))
     )
@@ -214,7 +232,7 @@ def gated_backward(dout_TI: Tensor, gate_up_TI: Tensor) -> tuple[Tensor, Tensor]
 
 
 def split_heads(
-    rows: Tensor, layout: Layout, groups: int, heads_a_group: int
+    rows: Tensor, layout: Layout, groups: int, heads_a_group: int, take: Take | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn rows of queries, keys and values into what attention multiplies, rotated.
 
@@ -226,9 +244,9 @@ def split_heads(
     """
     heads = groups * heads_a_group
     width = rows.shape[1] // (heads + 2 * groups)
-    query = rows.new_empty(layout.num_rows * heads * width)
-    key = rows.new_empty(layout.num_keys * groups * width)
-    value = torch.empty_like(key)
+    query = _room(take, rows, layout.num_rows * heads * width)
+    key = _room(take, rows, layout.num_keys * groups * width)
+    value = _room(take, rows, len(key))
     kernels = _kernels(rows, rows.dtype)
     if kernels is not None:
         kernels.split_heads(
@@ -260,11 +278,12 @@ def merge_heads(
     layout: Layout,
     groups: int,
     heads_a_group: int,
+    take: Take | None = None,
 ) -> Tensor:
     """Return the gradient of what `split_heads` took, from those of what it gave."""
     heads = groups * heads_a_group
     width = dquery.numel() // (layout.num_rows * heads)
-    rows = dquery.new_empty(layout.num_rows, (heads + 2 * groups) * width)
+    rows = _room(take, dquery, layout.num_rows, (heads + 2 * groups) * width)
     kernels = _kernels(rows, rows.dtype)
     if kernels is not None:
         kernels.merge_heads(
@@ -323,6 +342,7 @@ def move_heads(
     to_rows: bool,
     heads: int = 0,
     blocks: Tensor | None = None,
+    take: Take | None = None,
 ) -> Tensor:
     """Bring heads from the blocks of queries into rows, or back.
 
@@ -335,12 +355,12 @@ def move_heads(
     """
     if to_rows:
         width = tensor.numel() // (layout.num_rows * heads)
-        rows = tensor.new_empty(layout.num_rows, heads * width)
+        rows = _room(take, tensor, layout.num_rows, heads * width)
         blocks = tensor
     else:
         heads, width = tensor.shape[1:]
         rows = tensor
-        blocks = tensor.new_empty(tensor.numel()) if blocks is None else blocks
+        blocks = _room(take, tensor, tensor.numel()) if blocks is None else blocks
     kernels = _kernels(tensor, tensor.dtype)
     if kernels is not None:
         kernels.move_heads(
@@ -438,6 +458,12 @@ def keep_kernels_in(folder: Path | None) -> None:
 
 def _table(numbers: Sequence[int]) -> _Table:
     return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _room(take: Take | None, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return room for a tensor of a shape, of a tensor's type where no other is named."""
+    dtype = dtype or like.dtype
+    return like.new_empty(shape, dtype=dtype) if take is None else take(shape, dtype)
 
 
 def _at(tensor: Tensor | None) -> int | None:

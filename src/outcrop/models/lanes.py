@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from outcrop.models.workspace import Workspace
+
 T = TypeVar("T")
 
 LARGEST_SHARE = 0.62
@@ -31,6 +33,8 @@ class Lanes:
             largest_share: of the work that one lane may get; see `LARGEST_SHARE`.
         """
         self.count, self.largest_share = count, largest_share
+        self.workspaces = tuple(Workspace() for _ in range(count))
+        """For the row of each lane; the first also for a row that all threads compute together."""
         self._together = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(count, "lane") if count > 1 else None
 
@@ -38,18 +42,23 @@ class Lanes:
         """Run at most as many tasks as there are lanes; return what they return, in their order.
 
         A single task runs in the caller's thread, with as many threads as that had when the lanes
-        were made.
+        were made. Where a task fails, the lanes' workspaces keep no memory.
 
         Raises:
             whatever the first of the tasks that failed raised, when all have ended.
         """
         # Said each time: part of torch's libraries keeps one number for the process.
-        if self._pool is None or len(tasks) == 1:
-            torch.set_num_threads(self._together)
-            return [task() for task in tasks]
-        futures = [self._pool.submit(_alone, task) for task in tasks]
-        wait(futures)
-        return [future.result() for future in futures]
+        try:
+            if self._pool is None or len(tasks) == 1:
+                torch.set_num_threads(self._together)
+                return [task() for task in tasks]
+            futures = [self._pool.submit(_alone, task) for task in tasks]
+            wait(futures)
+            return [future.result() for future in futures]
+        except BaseException:
+            for workspace in self.workspaces:
+                workspace.forget()
+            raise
 
     def close(self) -> None:
         """End the threads."""

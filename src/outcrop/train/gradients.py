@@ -21,6 +21,7 @@ from outcrop.evaluate.likelihood import num_loss_tokens, token_losses
 from outcrop.models.lanes import Lanes
 from outcrop.models.passes import row_gradients
 from outcrop.models.rows import Row
+from outcrop.models.workspace import Workspace
 from outcrop.train.flat import FlatTensors, Gradients
 from outcrop.train.memory import layers_of, recomputed_layers
 from outcrop.train.methods import Trainable
@@ -121,9 +122,12 @@ def _by_hand(
 ) -> float:
     total, num_layers = 0.0, len(flat.decoder.layers)
 
-    def one(room: Gradients, row: Row, kept_layers: int) -> float:
+    def one(room: Gradients, row: Row, workspace: Workspace, kept_layers: int) -> float:
         losses = row_gradients(
-            flat.decoder, room.tensors, row, 1 / num_labels, kept_layers=kept_layers, check=check
+            *(flat.decoder, room.tensors, row, 1 / num_labels),
+            kept_layers=kept_layers,
+            check=check,
+            workspace=workspace,
         )
         return float(losses.double().sum())
 
@@ -134,8 +138,8 @@ def _by_hand(
         while len(rooms) < len(rows):
             rooms.append(flat.new_gradients())
         tasks = [
-            partial(one, room, row, num_layers if is_kept else 0)
-            for room, row in zip(rooms, rows, strict=False)
+            partial(one, room, row, workspace, num_layers if is_kept else 0)
+            for room, row, workspace in zip(rooms, rows, lanes.workspaces, strict=False)
         ]
         total += sum(lanes.run(tasks))
         _check_finite(total)

@@ -25,8 +25,13 @@ WIDE_BYTES = 4
 HEAD_TOKENS, KEPT_KEYS = 512, 512
 """As in models/passes.py and models/attention.py: tokens whose scores exist at once in a row; keys
 up to which attention keeps its weights. A test compares them."""
-SCATTERED = 1.2
-"""What the C library takes for activations, times their size; fitted to measurements."""
+PRIMITIVES_A_THREAD, MOST_PRIMITIVES = 256, 1024
+"""Shapes that oneDNN keeps what it has prepared for. A row computes matrices of some twenty shapes,
+and of six for each length of its records: the rows of all threads must fit, else everything is
+prepared again in every layer."""
+PRIMITIVE_BYTES = 500 << 10
+"""What it keeps for one of them, resident: a description of 246 KiB and code in room of 256 KiB.
+Measured with oneDNN 3.12."""
 
 
 @cache
@@ -187,19 +192,34 @@ def predict_memory(
     size = number_bytes or computing_bytes()
     record = max(1, min(record_tokens or tokens, tokens))
     rows = 1 if record > tokens // lanes else lanes
+    rank = adapter.rank if method == "adapter" else 0
     held = _trained_bytes(shape, method, adapter, size, rows)
-    a_layer = tokens * _kept_bytes(shape, size, adapter.rank if method == "adapter" else 0)
+    a_layer = tokens * _kept_bytes(shape, size, rank)
     a_layer += tokens // record * _attention_bytes(shape, size, record)
+    # The residual stream before each layer (in `a_layer`, too), and its gradient.
+    kept = 2 * tokens * shape.width * WIDE_BYTES
     if is_recomputed:
-        kept = a_layer + shape.layers * tokens * shape.width * WIDE_BYTES
+        kept += shape.layers * tokens * shape.width * WIDE_BYTES
+        kept += a_layer + tokens * _forward_bytes(shape, size)
     else:
-        kept = shape.layers * a_layer
-    # What a layer's backward pass makes besides what was kept.
-    kept += tokens * (3 * size * shape.inner_width + 3 * WIDE_BYTES * shape.width)
+        kept += shape.layers * a_layer
+    a_row = max(1, tokens // rows)
+    way_back = tokens * _backward_bytes(shape, size)
+    # Weights of attention that are not kept, and the gradient of one block's.
+    seen = record if record > KEPT_KEYS else 0
+    way_back += rows * shape.heads * KEPT_KEYS // 2 * (seen + min(record, a_row)) * size
     scores = min(loss_tokens, rows * HEAD_TOKENS) * shape.vocabulary * size
+    # The matrix of the head, once more as the processor wants it.
+    scores += rows * shape.vocabulary * shape.width * size
     if method == "full" and loss_tokens:
-        scores += rows * shape.vocabulary * shape.width * WIDE_BYTES
-    return PROCESS_BYTES + held + round(kept * SCATTERED) + scores
+        scores += rows * shape.vocabulary * shape.width * size
+    primitives = num_primitives(lanes) * PRIMITIVE_BYTES if size < WIDE_BYTES else 0
+    return PROCESS_BYTES + primitives + held + kept + max(way_back, scores)
+
+
+def num_primitives(threads: int) -> int:
+    """Return for how many shapes a process of so many threads keeps prepared products."""
+    return min(MOST_PRIMITIVES, PRIMITIVES_A_THREAD * threads)
 
 
 def _trained_bytes(
@@ -223,6 +243,18 @@ def _kept_bytes(shape: ModelShape, size: int, rank: int) -> int:
     """Return what a layer keeps of a token for its backward pass, without attention's weights."""
     numbers = 2 * shape.width + 2 * shape.query_width + 2 * shape.key_width + 2 * shape.inner_width
     return 2 * WIDE_BYTES * shape.width + size * (numbers + 7 * rank)
+
+
+def _forward_bytes(shape: ModelShape, size: int) -> int:
+    """Return what a layer's forward pass makes of a token besides what is kept."""
+    numbers = 2 * shape.width + 2 * shape.query_width + 2 * shape.key_width + shape.inner_width
+    return size * numbers
+
+
+def _backward_bytes(shape: ModelShape, size: int) -> int:
+    """Return what a layer's backward pass makes of a token, without attention's weights."""
+    numbers = 4 * shape.inner_width + 4 * shape.width
+    return size * (numbers + 4 * shape.query_width + 4 * shape.key_width)
 
 
 def _attention_bytes(shape: ModelShape, size: int, record: int) -> int:

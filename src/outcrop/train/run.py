@@ -28,6 +28,7 @@ from outcrop.train.memory import (
     held_bytes,
     is_out_of_memory,
     peak_memory_bytes,
+    trim_heap,
 )
 from outcrop.train.metrics import StepRow
 from outcrop.train.portions import Portions, gibibytes
@@ -50,6 +51,8 @@ ADAM_EPSILON = 1e-8
 WEIGHT_DECAY = 0.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each tensor, besides the number of steps."""
+TIDY_SECONDS = 1.0
+"""Between two times at which holes in the heap are given back; takes some 10 ms."""
 NOT_FINITE_ADVICE = "Nothing was published. A smaller learningRate or a larger batchSize may help."
 OUT_OF_MEMORY_ADVICE = (
     "Nothing was published. Shorter records, a smaller model, adapters instead of full "
@@ -93,6 +96,7 @@ class Run:
             weight_decay=WEIGHT_DECAY,
             fused=True,
         )
+        self._tidied = time.monotonic()
         # Made now, as AdamW itself would at the first step: so that a step, once it moves the
         # masters, asks for no memory any more and cannot be cut off half-way.
         for master in trainable.masters:
@@ -129,6 +133,7 @@ class Run:
             micro_batch_tokens=state.portions.tokens,
             kept_tokens=state.portions.kept_tokens,
         )
+        self._tidy()
         state.steps += 1
         state.num_tokens += num_tokens
         state.epoch_loss += loss * num_labels
@@ -238,6 +243,12 @@ class Run:
         self._trainable.apply_masters()
         self._trainable.drop_gradients()
         return rate
+
+    def _tidy(self) -> None:
+        now = time.monotonic()
+        if not self._trainable.masters[0].is_cuda and now >= self._tidied + TIDY_SECONDS:
+            trim_heap()
+            self._tidied = now
 
     def _too_small(self, records: Sequence[Example], refused: str) -> str:
         longest = max(len(example.input_ids) for example in records)
