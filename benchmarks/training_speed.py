@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--loss-steps", type=int, default=20, help="0: losses are not compared")
     parser.add_argument("--only-losses", action="store_true", help="speed is not measured")
+    parser.add_argument("--best-only", action="store_true", help="of TRL, the best setting only")
     parser.add_argument("--ladder", action="store_true", help="Outcrop without one trick each")
     parser.add_argument("--search", action="store_true", help="which setting of TRL is fastest")
     parser.add_argument("--work", type=Path, default=CACHE / "training_speed")
@@ -209,7 +210,8 @@ def rivals(options: argparse.Namespace) -> list[Contender]:
     """Return whom Outcrop is compared with; nobody without TRL's environment."""
     if not options.trl_python:
         return []
-    return in_batches(options, RIVALS[options.data, options.method])
+    found = RIVALS[options.data, options.method]
+    return in_batches(options, found[-1:] if options.best_only else found)
 
 
 def in_batches(options: argparse.Namespace, given: Sequence[Contender]) -> list[Contender]:

@@ -8,8 +8,14 @@ ladder never shows a trick that was not turned off.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
+
+from outcrop.data.records import Example
+from outcrop.models.rows import Row
 
 
 def stand_in(module: str, name: str, function: Callable[..., Any]) -> None:
@@ -55,6 +61,44 @@ def no_rows(threads: int) -> dict[str, Any]:
     return {"micro_batch_tokens": 1}
 
 
+def all_scores(threads: int) -> dict[str, Any]:
+    """All tokens of a row have scores, and so the last layer is computed for all of them. The
+    losses of such a run mean nothing."""
+    gradients: Any = importlib.import_module("outcrop.train.gradients")
+    lay_row = gradients.lay_row
+
+    def lay_all(hand: Sequence[Example]) -> Row:
+        row: Row = lay_row(hand)
+        return replace(row, sources=list(range(len(row.input_ids))), labels=list(row.input_ids))
+
+    stand_in("outcrop.train.gradients", "lay_row", lay_all)
+    return {}
+
+
+def no_kept_memory(threads: int) -> dict[str, Any]:
+    """Each tensor of the passes is asked of the C library and given back to it."""
+    workspace: Any = importlib.import_module("outcrop.models.workspace")
+
+    def take(_: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    if not hasattr(workspace.Stack, "take"):
+        raise SystemExit("Stack.take is gone: the ladder must be brought up to date")
+    workspace.Stack.take = take
+    return {}
+
+
+def no_fused_optimizer(threads: int) -> dict[str, Any]:
+    """AdamW as a row of operations over all of the trained numbers."""
+    adamw = torch.optim.AdamW
+
+    def unfused(*arguments: Any, fused: bool, **named: Any) -> torch.optim.AdamW:
+        return adamw(*arguments, **named)
+
+    stand_in("torch.optim", "AdamW", unfused)
+    return {}
+
+
 WITHOUT: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "compiled kernels": no_kernels,
     "passes written by hand": no_own_passes,
@@ -62,6 +106,9 @@ WITHOUT: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "lanes": no_lanes,
     "kept activations": no_kept_activations,
     "several records in a row": no_rows,
+    "scores only where there is loss": all_scores,
+    "memory kept from row to row": no_kept_memory,
+    "a fused optimizer": no_fused_optimizer,
 }
 """Name of a trick -> what does without it: takes the number of threads, returns arguments of
 `train(...)`; is called in the measured process before anything else."""
