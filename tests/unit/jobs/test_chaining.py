@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from sqlalchemy import Engine
-from tests.assets import tiny_tokenizer as tiny
-from tests.assets.tiny_model import write_tiny_model
+from tests.unit.jobs.conftest import bootstrapped
 from tests.unit.jobs.memory_store import BUCKET, MemoryStore
 from tests.unit.store.build import ACCOUNT, BASE_ARN, REGION, claimed, queued
 
 from outcrop.errors import DataError, ModelError
-from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE, bootstrap
+from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, new_id, role_arn
 from outcrop.jobs import customization
 from outcrop.jobs.parents import describe_parent, plan_parent
@@ -27,7 +26,7 @@ from outcrop.models.describe import add_model
 from outcrop.models.lora import load_adapter
 from outcrop.settings import Settings
 from outcrop.store import jobs, models
-from outcrop.store.database import connect, migrate, transaction
+from outcrop.store.database import transaction
 from outcrop.store.rows import CustomModel, Job
 
 MODEL_ID = "mylab.tiny-v1:0"
@@ -36,12 +35,6 @@ FILES = {
     FT: [{"prompt": f"question {number}", "completion": " yes"} for number in range(10)],
     CPT: [{"input": "the user asks and the assistant answers " * 12}] * 3,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), vocab_size=400)
-    return tiny.write_tokenizer(folder, tiny.CHATML_TEMPLATE, tiny.CHATML_TOKENS, eos="<|im_end|>")
 
 
 @pytest.fixture
@@ -53,11 +46,7 @@ def settings(data_dir: Path, folder: Path) -> Settings:
 
 @pytest.fixture
 def engine(settings: Settings) -> Iterator[Engine]:
-    engine = connect(settings.effective_database_url)
-    migrate(engine)
-    bootstrap(engine, settings)
-    yield engine
-    engine.dispose()
+    yield from bootstrapped(settings)
 
 
 @pytest.fixture(autouse=True)

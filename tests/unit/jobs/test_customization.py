@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from sqlalchemy import Engine
-from tests.assets import tiny_tokenizer as tiny
-from tests.assets.tiny_model import write_tiny_model
+from tests.unit.jobs.conftest import bootstrapped
 from tests.unit.jobs.memory_store import BUCKET, MemoryStore
 from tests.unit.store.build import ACCOUNT, BASE_ARN, REGION, claimed, queued
 from tests.unit.store.syncs import record_syncs
@@ -27,7 +26,7 @@ from outcrop.errors import (
     TrainingError,
     ValidationException,
 )
-from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE, bootstrap
+from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, new_id, role_arn
 from outcrop.jobs import artifacts, customization, reporting
 from outcrop.models.catalog import load_catalog
@@ -35,7 +34,7 @@ from outcrop.models.describe import add_model
 from outcrop.models.lora import load_adapter
 from outcrop.settings import Settings, child_environment
 from outcrop.store import events, jobs, models
-from outcrop.store.database import connect, migrate, transaction
+from outcrop.store.database import transaction
 from outcrop.store.rows import Job
 
 REPOSITORY = Path(__file__).parents[3]
@@ -49,12 +48,6 @@ RECORDS = b"".join(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), vocab_size=400)
-    return tiny.write_tokenizer(folder, tiny.CHATML_TEMPLATE, tiny.CHATML_TOKENS, eos="<|im_end|>")
-
-
 @pytest.fixture
 def settings(data_dir: Path, folder: Path) -> Settings:
     settings = Settings(data_dir=data_dir)
@@ -65,11 +58,7 @@ def settings(data_dir: Path, folder: Path) -> Settings:
 
 @pytest.fixture
 def engine(settings: Settings) -> Iterator[Engine]:
-    engine = connect(settings.effective_database_url)
-    migrate(engine)
-    bootstrap(engine, settings)
-    yield engine
-    engine.dispose()
+    yield from bootstrapped(settings)
 
 
 @pytest.fixture
