@@ -35,7 +35,7 @@ from benchmarks.training_work import CACHE, ROOT, shipped_weights, write_example
 
 from outcrop.data.records import Example
 from outcrop.data.render import Renderer
-from outcrop.train.threads import ENVIRONMENT
+from outcrop.train.threads import training_environment
 
 PHASES = ("loading", "step", "validation", "checkpoint", "publication")
 """What kills are aimed at, in turn. A kill in the code between them counts as `elsewhere`."""
@@ -175,12 +175,13 @@ def run_process(
         Its phases up to its end, and its exit code; -9 when it was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    threads = int(json.loads(page.read_text(encoding="utf-8"))["threads"])
     reading, writing = os.pipe()
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", CHILD, str(page), str(folder), str(attempt), str(writing)],
             cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **training_environment(threads)},
             pass_fds=(writing,),
             stdout=log,
             stderr=log,

@@ -23,7 +23,6 @@ from outcrop.models.catalog import LoraConfig, shipped_models
 from outcrop.models.load import load_base
 from outcrop.models.lora import adapter_of, attach, save_adapter
 from outcrop.train.loop import train
-from outcrop.train.memory import limit_primitives
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan, make_plan
 
@@ -47,7 +46,6 @@ def main() -> None:
 
 def run(work: dict[str, Any]) -> dict[str, Any]:
     """Train and return the result's page."""
-    limit_primitives(work["threads"])
     examples = read_examples(Path(work["examples"]))
     validation = read_examples(Path(work["validation"])) if work["validation"] else []
     options = dict(work["options"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -29,16 +30,16 @@ from outcrop.models.catalog import load_catalog
 from outcrop.models.load import compute_dtype
 from outcrop.models.weights import SHIPPED_KEY, ensure_weights
 from outcrop.settings import Settings
-from outcrop.train.memory import bounded_memory, held_bytes, limit_primitives, peak_memory_bytes
+from outcrop.train.memory import bounded_memory, held_bytes, peak_memory_bytes
 from outcrop.train.plan import TrainPlan, make_plan
 from outcrop.train.portions import Portions
 from outcrop.train.prediction import (
     MEMORY_TOLERANCE,
     ModelShape,
     computing_bytes,
-    num_primitives,
     predict_memory,
 )
+from outcrop.train.threads import num_primitives, training_environment
 
 METHODS = ("adapter", "full")
 TOKENS = (256, 1024, 2048, 4096)
@@ -154,7 +155,8 @@ def _foretold(shape: ModelShape, cell: Cell) -> int:
 def _in_a_process(weights: Path, cell: Cell) -> Measured:
     command = [sys.executable, "-m", "benchmarks.training_memory"]
     command += ["--weights", str(weights), "--one", json.dumps(vars(cell))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **training_environment(LANES)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{cell}: {done.stderr[-2000:]}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
@@ -165,8 +167,6 @@ def _measure(weights: Path, cell: Cell, scratch: Path) -> Measured:
 
     from outcrop.train.loop import train
     from outcrop.train.tuning import ThreadPlan
-
-    limit_primitives(LANES)
 
     examples = _examples(cell, ModelShape.read(weights).vocabulary)
     plan = _plan(cell, len(examples) // STEPS)

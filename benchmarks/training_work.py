@@ -27,7 +27,7 @@ from typing import Any
 
 from outcrop.data.records import Example
 from outcrop.models.weights import SHIPPED_KEY, convert_shipped
-from outcrop.train.threads import ENVIRONMENT
+from outcrop.train.threads import training_environment
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".run" / "benchmarks"
@@ -95,7 +95,7 @@ def run_work(
     environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1"}
     if contender.trainer == "outcrop":
         command = [sys.executable, "-m", OWN_MODULE, str(page), str(answer)]
-        environment |= ENVIRONMENT  # as the service starts it
+        environment |= training_environment(work.threads)  # as the service starts it
     else:
         assert trl_python is not None, f"{contender.name} needs --trl-python"
         command = [str(trl_python), str(TRL_PROGRAM), str(page), str(answer)]

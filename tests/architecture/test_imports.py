@@ -27,6 +27,7 @@ MAY_LOAD_TORCH = (
     "models/lora.py",
     "models/passes.py",
     "models/pointwise.py",
+    "models/workspace.py",
     "serve/adapters.py",
     "serve/engine.py",
     "serve/network.py",

@@ -192,6 +192,36 @@ def test_the_loss_of_every_step_is_in_the_bucket(service: Service, tuned: Tuned)
     assert all(float(row["training_loss"]) > 0 for row in rows)
 
 
+def test_the_metrics_that_a_client_asks_for_are_those_of_the_files(
+    service: Service, tuned: Tuned
+) -> None:
+    own = service.client("outcrop")
+    told = own.get_job_metrics(jobIdentifier=tuned.arn)
+    assert (told["jobArn"], told["status"]) == (tuned.arn, "Completed")
+    for kind, name, loss in (
+        ("steps", "training_artifacts/step_wise_training_metrics.csv", "training"),
+        ("validations", "validation_artifacts/validation_metrics.csv", "validation"),
+    ):
+        columns = (
+            ("step", "step_number"),
+            ("epoch", "epoch_number"),
+            (f"{loss}Loss", f"{loss}_loss"),
+        )
+        rows = _table(service, tuned, name)
+        for member, column in (*columns, ("perplexity", "perplexity")):
+            assert [row[member] for row in told[kind]] == [float(row[column]) for row in rows]
+    key = f"{tuned.folder}training_artifacts/step_metrics.jsonl"
+    lines = service.client("s3").get_object(Bucket=tuned.bucket, Key=key)["Body"].read()
+    for line, row in zip(lines.splitlines(), told["steps"], strict=True):
+        assert json.loads(line).items() >= row.items()
+    rest = own.get_paginator("get_job_metrics").paginate(
+        jobIdentifier=tuned.arn, sinceStep=1, PaginationConfig={"PageSize": 1}
+    )
+    whole = rest.build_full_result()
+    assert whole["steps"] == told["steps"][1:]
+    assert whole["validations"] == [row for row in told["validations"] if row["step"] >= 1]
+
+
 @pytest.mark.parametrize(
     "place",
     [

@@ -45,5 +45,6 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("bedrock-runtime", "CountTokens"): runtime.count_tokens,
     ("sts", "GetCallerIdentity"): identity.get_caller_identity,
     ("outcrop", "GetJobProgress"): progress.get_job_progress,
+    ("outcrop", "GetJobMetrics"): progress.get_job_metrics,
     ("outcrop", "ListJobEvents"): progress.list_job_events,
 }

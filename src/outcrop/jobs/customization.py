@@ -22,7 +22,7 @@ from outcrop.data.examples import Rendered, read_examples
 from outcrop.data.limits import check_total_records
 from outcrop.data.records import Example
 from outcrop.data.render import Renderer
-from outcrop.errors import LeaseLost, ModelError, StopRequested
+from outcrop.errors import LeaseLost, ModelError, StopRequested, TrainingError
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, custom_model_arn, parse_s3_uri
 from outcrop.jobs import artifacts, memory, places
@@ -133,31 +133,35 @@ def run(
     allowed = memory.given(settings, job.memory_bytes)
     # A GPU's driver takes address space by the terabyte, and the bound is of no use to its memory.
     bound = allowed + reserved_bytes(job.cores)
-    with bounded_memory(bound, job.cores) if on_cpu else nullcontext():
-        result = train(
-            plan,
-            folder,
-            data.training,
-            data.validation,
-            work,
-            parent=parent,
-            on_step=reporter.on_step,
-            on_validation=reporter.on_validation,
-            on_resume=reporter.on_resume,
-            on_portions=reporter.on_portions,
-            should_stop=should_stop,
-            threads=job.cores,  # what the queue set aside for it, on whatever machine
-            device=device,
-            micro_batch_tokens=portions.tokens if on_cpu else None,
-            kept_tokens=portions.kept_tokens if on_cpu else None,
-            cuts=int(job.run_plan.get(memory.MEMORY_CUTS, 0)),
-            thread_plan=ThreadPlan(**recorded) if recorded else None,
-            thread_plans=artifacts.thread_plan_folder(settings),
-            on_thread_plan=partial(_record_threads, engine, job),
-            checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),
-            checkpoint_seconds=settings.checkpoint_seconds,
-            earlier=artifacts.earlier_checkpoint_folders(settings, job.id, job.fence),
-        )
+    try:
+        with bounded_memory(bound, job.cores) if on_cpu else nullcontext():
+            result = train(
+                plan,
+                folder,
+                data.training,
+                data.validation,
+                work,
+                parent=parent,
+                on_step=reporter.on_step,
+                on_validation=reporter.on_validation,
+                on_resume=reporter.on_resume,
+                on_portions=reporter.on_portions,
+                should_stop=should_stop,
+                threads=job.cores,  # what the queue set aside for it, on whatever machine
+                device=device,
+                micro_batch_tokens=portions.tokens if on_cpu else None,
+                kept_tokens=portions.kept_tokens if on_cpu else None,
+                cuts=int(job.run_plan.get(memory.MEMORY_CUTS, 0)),
+                thread_plan=ThreadPlan(**recorded) if recorded else None,
+                thread_plans=artifacts.thread_plan_folder(settings),
+                on_thread_plan=partial(_record_threads, engine, job),
+                checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),
+                checkpoint_seconds=settings.checkpoint_seconds,
+                earlier=artifacts.earlier_checkpoint_folders(settings, job.id, job.fence),
+            )
+    except (StopRequested, TrainingError):
+        reporter.flush()
+        raise
     reporter.finish(result.published_step)
     _check_stop(should_stop)
     _publish(settings, engine, job, base, plan, result)

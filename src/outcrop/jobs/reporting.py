@@ -1,13 +1,14 @@
-"""What a running attempt tells the world: its progress in the job's row, its metrics as CSV in
-the owner's bucket.
+"""What a running attempt tells the world: its progress in the job's row, its metrics as rows beside
+it and as CSV in the owner's bucket.
 
-Both are written while the job runs, at most so often as below, and every write is guarded by the
+All are written while the job runs, at most so often as below, and every write is guarded by the
 attempt's fence.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,9 @@ from outcrop.errors import LeaseLost, ObjectStoreError
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts
 from outcrop.objects.client import ObjectStore
-from outcrop.store import jobs
+from outcrop.store import jobs, metrics
 from outcrop.store.database import transaction
-from outcrop.store.rows import Job
+from outcrop.store.rows import Job, StepMetric, ValidationMetric
 from outcrop.train.metrics import (
     SPEED_WINDOW,
     StepRow,
@@ -35,7 +36,8 @@ from outcrop.train.portions import Portions
 logger = logging.getLogger("outcrop.attempt")
 
 PROGRESS_SECONDS = 0.5
-"""Least time between two writes of the job's row: one costs about a millisecond of disk."""
+"""Least time between two writes of the job's row and metrics: one costs about a millisecond of
+disk."""
 CSV_SECONDS = 5.0
 """Least time between two uploads of the CSV files."""
 MANY_STEPS = 10_000
@@ -61,6 +63,9 @@ class Reporter:
         self._total_steps, self._num_epochs = total_steps, num_epochs
         self._progress_at = self._csv_at = 0.0
         self._uploaded_steps = 0
+        self._recorded: tuple[int, int] | None = None
+        """How many steps and validations have their rows; None where those of earlier attempts
+        may still be there."""
         self._published_step: int | None = None
 
     def on_step(self, row: StepRow) -> None:
@@ -74,9 +79,13 @@ class Reporter:
         self._report(force=True)
 
     def on_resume(self, steps: Sequence[StepRow], validations: Sequence[ValidationRow]) -> None:
-        """Take what earlier attempts reported; nothing is written, so that nothing shrinks."""
+        """Take what earlier attempts reported, and drop the rows of what they did beyond it.
+
+        The files are not written, so that they never shrink.
+        """
         self.steps.extend(steps)
         self.validations.extend(validations)
+        self._write_progress()
 
     def on_portions(self, portions: Portions, message: str) -> None:
         """Tell that memory did not suffice, and steps are computed in smaller portions."""
@@ -86,6 +95,16 @@ class Reporter:
             )
         if not told:
             raise LeaseLost
+
+    def flush(self) -> None:
+        """Write the rows of the last moments; for an attempt that ends without a model.
+
+        Raises:
+            LeaseLost: another attempt holds the job.
+        """
+        # One that has measured nothing leaves what earlier ones did.
+        if (len(self.steps), len(self.validations)) != (self._recorded or (0, 0)):
+            self._write_progress()
 
     def finish(self, published_step: int) -> None:
         """Write everything, for good.
@@ -129,11 +148,18 @@ class Reporter:
                 logger.warning("metrics could not be written to the bucket: %s", error)
 
     def _write_progress(self) -> None:
+        num_steps, num_validations = self._recorded or (0, 0)
         with transaction(self._engine) as connection:
-            if not jobs.record_progress(
-                connection, self._job.id, self._job.fence, self._progress()
+            if not metrics.record_metrics(
+                connection,
+                self._job,
+                self._progress(),
+                [_step_metric(row) for row in self.steps[num_steps:]],
+                [_validation_metric(row) for row in self.validations[num_validations:]],
+                anew=self._recorded is None,
             ):
                 raise LeaseLost
+        self._recorded = len(self.steps), len(self.validations)
 
     def _progress(self) -> dict[str, Any]:
         done = len(self.steps)
@@ -174,3 +200,31 @@ class Reporter:
             body = validation_csv(self.validations)
             for uri in artifacts.validation_metrics_objects(self._output, self._job.id):
                 self._objects.write(uri, body)
+
+
+def _step_metric(row: StepRow) -> StepMetric:
+    return StepMetric(
+        step=row.step_number,
+        epoch=row.epoch_number,
+        loss=row.training_loss,
+        perplexity=_if_finite(row.perplexity),
+        learning_rate=row.learning_rate,
+        gradient_norm=row.gradient_norm,
+        tokens=row.num_tokens,
+        seconds=round(row.seconds, 4),
+        peak_memory_bytes=row.peak_memory_bytes,
+        micro_batch_tokens=row.micro_batch_tokens,
+    )
+
+
+def _validation_metric(row: ValidationRow) -> ValidationMetric:
+    return ValidationMetric(
+        step=row.step_number,
+        epoch=row.epoch_number,
+        loss=row.validation_loss,
+        perplexity=_if_finite(row.perplexity),
+    )
+
+
+def _if_finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

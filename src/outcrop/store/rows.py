@@ -111,6 +111,36 @@ class JobEvent:
 
 
 @dataclass(frozen=True)
+class StepMetric:
+    """What a job measured in one optimizer step."""
+
+    step: int
+    """Counts from 0."""
+    epoch: int
+    loss: float
+    perplexity: float | None
+    """None where it is infinite."""
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True)
+class ValidationMetric:
+    """A job's loss on its validation records at one moment."""
+
+    step: int
+    """How many steps had been taken: 0 is the base model."""
+    epoch: int
+    loss: float
+    perplexity: float | None
+    """None where it is infinite."""
+
+
+@dataclass(frozen=True)
 class NewCustomModel:
     """A model to be published."""
 

@@ -188,6 +188,26 @@ job_event = sa.Table(
     sa.Index("job_event_job", "job_id", "id"),
 )
 
+job_metric = sa.Table(
+    "job_metric",
+    metadata,
+    *_scope(),
+    _required("job_id", sa.String(12)),
+    # "step" or "validation"; both count from 0, and only steps have what may be absent here.
+    _required("kind", sa.String(16)),
+    _required("step", sa.BigInteger),
+    _required("epoch", sa.Integer),
+    _required("loss", sa.Double),
+    sa.Column("perplexity", sa.Double),
+    sa.Column("learning_rate", sa.Double),
+    sa.Column("gradient_norm", sa.Double),
+    sa.Column("tokens", sa.Integer),
+    sa.Column("seconds", sa.Double),
+    sa.Column("peak_memory_bytes", sa.BigInteger),
+    sa.Column("micro_batch_tokens", sa.Integer),
+    sa.PrimaryKeyConstraint("account", "region", "job_id", "kind", "step"),
+)
+
 custom_model = sa.Table(
     "custom_model",
     metadata,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import re
 import resource
 import sys
@@ -20,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from outcrop.train.portions import gibibytes
-from outcrop.train.prediction import num_primitives
+from outcrop.train.threads import num_primitives
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -142,16 +141,6 @@ def trim_heap() -> None:
         library.malloc_trim(0)
 
 
-def limit_primitives(threads: int) -> None:
-    """Say for how many shapes oneDNN keeps what it has prepared, before it is used first.
-
-    Its own bound is 1,024, which takes half a gigabyte where rows have ever other lengths.
-
-    Source: ONEDNN_PRIMITIVE_CACHE_CAPACITY, which oneDNN reads at its first product.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(num_primitives(threads)))
-
-
 @contextmanager
 def bounded_memory(num_bytes: int, threads: int = 0) -> Iterator[None]:
     """Let this process take so many bytes more than it has; what is beyond is refused it.
@@ -172,7 +161,6 @@ def bounded_memory(num_bytes: int, threads: int = 0) -> Iterator[None]:
 
     if threads:
         torch.set_num_threads(threads)
-        limit_primitives(threads)
     _warm_up()
     before = resource.getrlimit(resource.RLIMIT_DATA)
     bound = held_bytes() + num_bytes

@@ -15,6 +15,7 @@ from typing import Any
 from outcrop.errors import ModelError
 from outcrop.models.catalog import LoraConfig
 from outcrop.models.files import read_json
+from outcrop.train.threads import num_primitives
 
 MEMORY_TOLERANCE = 0.15
 """`predict_memory` is this near to what is measured; benchmarks/training_memory.py measures it."""
@@ -25,10 +26,6 @@ WIDE_BYTES = 4
 HEAD_TOKENS, KEPT_KEYS = 512, 512
 """As in models/passes.py and models/attention.py: tokens whose scores exist at once in a row; keys
 up to which attention keeps its weights. A test compares them."""
-PRIMITIVES_A_THREAD, MOST_PRIMITIVES = 256, 1024
-"""Shapes that oneDNN keeps what it has prepared for. A row computes matrices of some twenty shapes,
-and of six for each length of its records: the rows of all threads must fit, else everything is
-prepared again in every layer."""
 PRIMITIVE_BYTES = 500 << 10
 """What it keeps for one of them, resident: a description of 246 KiB and code in room of 256 KiB.
 Measured with oneDNN 3.12."""
@@ -215,11 +212,6 @@ def predict_memory(
         scores += rows * shape.vocabulary * shape.width * size
     primitives = num_primitives(lanes) * PRIMITIVE_BYTES if size < WIDE_BYTES else 0
     return PROCESS_BYTES + primitives + held + kept + max(way_back, scores)
-
-
-def num_primitives(threads: int) -> int:
-    """Return for how many shapes a process of so many threads keeps prepared products."""
-    return min(MOST_PRIMITIVES, PRIMITIVES_A_THREAD * threads)
 
 
 def _trained_bytes(

@@ -5,7 +5,12 @@ Where other processes want the cores, spinning keeps the late thread from being 
 threads then do a tenth of the work of one. So they must sleep instead. OpenMP reads that from the
 environment when torch is imported: whoever starts a training process passes it on. Torch-free.
 
+oneDNN prepares a product for each shape of matrices and keeps it, half a megabyte each, 1,024 of
+them by its own bound: with rows of ever other lengths that is soon reached. It reads at its first
+product how many it may keep.
+
 Source: GNU libgomp manual, OMP_WAIT_POLICY and GOMP_SPINCOUNT; measured in docs/learning-rate.md.
+oneDNN's guide, "Primitive Cache"; measured in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -13,7 +18,21 @@ from __future__ import annotations
 import os
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Variables of a process that trains; an operator's own values come before these."""
+"""Of each process that computes beside others; an operator's own values come before these."""
+PRIMITIVES_A_THREAD, MOST_PRIMITIVES = 256, 1024
+"""Shapes that oneDNN keeps what it has prepared for. A row computes matrices of some twenty shapes,
+and of six for each length of its records: the rows of all threads must fit, else everything is
+prepared again in every layer."""
+
+
+def training_environment(threads: int) -> dict[str, str]:
+    """Return the variables of a process that trains with so many threads."""
+    return {**ENVIRONMENT, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(num_primitives(threads))}
+
+
+def num_primitives(threads: int) -> int:
+    """Return for how many shapes a process of so many threads keeps prepared products."""
+    return min(MOST_PRIMITIVES, PRIMITIVES_A_THREAD * threads)
 
 
 def available_cores() -> int:

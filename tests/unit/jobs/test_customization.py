@@ -33,7 +33,7 @@ from outcrop.models.catalog import load_catalog
 from outcrop.models.describe import add_model
 from outcrop.models.lora import load_adapter
 from outcrop.settings import Settings, child_environment
-from outcrop.store import events, jobs, models
+from outcrop.store import events, jobs, metrics, models
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job
 
@@ -107,6 +107,13 @@ def status_of(engine: Engine, job: Job) -> str:
         now = jobs.get_job_by_id(connection, job.id)
     assert now is not None
     return now.status
+
+
+def losses(engine: Engine, job: Job) -> list[list[float]]:
+    """Those in the table: of the steps, and of the validations."""
+    with engine.connect() as connection:
+        rows = metrics.list_steps(connection, job), metrics.list_validations(connection, job)
+    return [[row.loss for row in kind] for kind in rows]
 
 
 def test_job_goes_stage_by_stage_to_its_model(
@@ -255,6 +262,7 @@ def test_interrupted_job_goes_on_where_it_was_to_the_same_model(
     customization.run(settings, engine, second, lambda: False, objects=objects)
 
     assert "going on after step" in caplog.text
+    assert losses(engine, second) == losses(engine, whole)
     with engine.connect() as connection:
         found = [models.get_model(connection, ACCOUNT, REGION, name) for name in ("whole", "parts")]
     digests = {model.artifact_digest for model in found if model is not None}
@@ -328,6 +336,25 @@ def test_of_two_workers_that_believe_they_own_a_job_one_loses_before_it_writes_a
         assert events.list_events(connection, job.id)[-1].id == last
         assert models.get_model(connection, ACCOUNT, REGION, "mine") is None
     assert not (settings.data_dir / "models" / "custom").exists()
+
+
+def test_last_steps_of_a_stopped_job_are_among_its_metrics(
+    settings: Settings,
+    engine: Engine,
+    objects: MemoryStore,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(reporting, "PROGRESS_SECONDS", 1e9)
+    objects.write(TRAINING, RECORDS * 8)  # eight steps
+    job = held(settings, engine)
+    answer = iter([False] * 40 + [True]).__next__
+    with pytest.raises(StopRequested):
+        customization.run(settings, engine, job, answer, objects=objects)
+    steps, _ = losses(engine, job)
+    customization.run(settings, engine, taken_over(engine, job), lambda: False, objects=objects)
+    assert f"going on after step {len(steps)}" in caplog.text, "a step lacked its row"
 
 
 def test_data_that_changed_before_the_first_checkpoint_fails_the_job(

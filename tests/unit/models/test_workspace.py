@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from outcrop.models.passes import row_gradients, row_losses
 from outcrop.models.workspace import ALIGNED_BYTES, Stack, Workspace
 from outcrop.train.flat import FlatTensors
 from outcrop.train.gradients import gather_gradients
+from outcrop.train.threads import training_environment
 
 REPOSITORY = Path(__file__).parents[3]
 OWN_PASSES = ("llama", "qwen2", "qwen3", "mistral")
@@ -217,8 +219,7 @@ import torch
 from tests.assets.tiny_plan import tiny_plan
 from outcrop.data.records import Example
 from outcrop.train.loop import train
-from outcrop.train.memory import held_bytes, limit_primitives
-limit_primitives(2)
+from outcrop.train.memory import held_bytes
 draw = random.Random(0)
 lengths = [draw.randrange(20, 240) for _ in range(8 * 40)]
 examples = [
@@ -239,7 +240,10 @@ def test_a_long_run_of_records_of_ever_other_lengths_does_not_grow(tmp_path: Pat
         tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4
     )
     command = [sys.executable, "-c", GROWING, str(folder), str(tmp_path / "output")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **training_environment(2)}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     held_by_step = json.loads(done.stdout.splitlines()[-1])
     assert len(held_by_step) == 40

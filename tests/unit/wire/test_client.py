@@ -69,6 +69,23 @@ def test_events_are_paged() -> None:
 
 
 @pytest.mark.usefixtures("_environment")
+def test_metrics_are_paged_with_both_of_their_lists() -> None:
+    client = outcrop_client()
+    handler, seen = _answer(b'{"jobArn":"a","status":"Stopped","steps":[],"validations":[]}')
+    client.meta.events.register("before-send.outcrop.*", handler)
+    pages = client.get_paginator("get_job_metrics").paginate(
+        jobIdentifier="job", sinceStep=7, PaginationConfig={"PageSize": 5}
+    )
+    assert pages.build_full_result() == {
+        "jobArn": "a",
+        "status": "Stopped",
+        "steps": [],
+        "validations": [],
+    }
+    assert seen[0].url.endswith("/outcrop/v1/jobs/job/metrics?sinceStep=7&maxResults=5")
+
+
+@pytest.mark.usefixtures("_environment")
 def test_without_an_endpoint_nothing_goes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL"):
@@ -80,7 +97,7 @@ def test_without_an_endpoint_nothing_goes_out(monkeypatch: pytest.MonkeyPatch) -
 def test_our_model_has_the_shape_of_bedrocks() -> None:
     ours, bedrock = service_model("outcrop"), service_model("bedrock")
     assert ours.signing_name == bedrock.signing_name == "bedrock"
-    assert set(ours.operation_names) >= {"GetJobProgress", "ListJobEvents"}
+    assert set(ours.operation_names) >= {"GetJobMetrics", "GetJobProgress", "ListJobEvents"}
     for name in ours.operation_names:
         operation = ours.operation_model(name)
         assert operation.http["requestUri"].startswith("/outcrop/v1/")

@@ -37,6 +37,7 @@ def test_an_encoded_arn_is_one_label() -> None:
             "StopModelCustomizationJob",
         ),
         ("GET", f"/outcrop/v1/jobs/{quote(arn, safe='')}/progress", "GetJobProgress"),
+        ("GET", f"/outcrop/v1/jobs/{quote(arn, safe='')}/metrics", "GetJobMetrics"),
     ):
         route = match(method, path)
         assert route.operation.name == name

@@ -10,7 +10,7 @@ from pathlib import Path
 from outcrop.processes.spawn import Child, ChildSpec, spawn
 from outcrop.settings import Settings, child_environment
 from outcrop.store.rows import Job
-from outcrop.train.threads import ENVIRONMENT
+from outcrop.train.threads import training_environment
 
 NICE = 10
 """Below gateway and model servers, so that a small invocation stays quick while a job runs."""
@@ -36,7 +36,10 @@ class LocalExecutor:
             name=f"job {job.id} attempt {job.attempts}",
             command=(*self.command, job.id, str(job.fence)),
             log_file=log_file(self.settings, job),
-            environment={**ENVIRONMENT, **child_environment(self.settings)},
+            environment={
+                **training_environment(job.cores),
+                **child_environment(self.settings),
+            },
             nice=self.nice,
             restart=False,
             keep_log_bytes=self.settings.keep_log_bytes,

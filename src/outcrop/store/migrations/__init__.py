@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from outcrop.store.migrations import m0001_first, m0002_turns, m0003_run_plan
+from outcrop.store.migrations import m0001_first, m0002_turns, m0003_run_plan, m0004_job_metric
 
 Migration = Callable[[Connection], None]
 
@@ -18,4 +18,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0001_first.apply,
     m0002_turns.apply,
     m0003_run_plan.apply,
+    m0004_job_metric.apply,
 )
