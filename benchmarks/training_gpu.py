@@ -223,7 +223,11 @@ def run_outcrop(work: dict[str, Any]) -> dict[str, Any]:
     records = [Example(ids, [bool(bit) for bit in mask]) for ids, mask in work["records"]]
     parts = batches(records, work["batch_size"])
     state = RunState()
-    state.portions = default_portions(device, ModelShape.of(model.config.to_dict()), plan)
+    state.portions = default_portions(
+        *(device, ModelShape.of(model.config.to_dict()), plan),
+        longest=max(len(example.input_ids) for example in records),
+        lanes=1,
+    )
     run = Run(
         *(plan, trainable, state, len(parts), gather, lay),
         lambda portions, message: told.append(message),

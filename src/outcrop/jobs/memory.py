@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
 from outcrop.data.records import Example
 from outcrop.errors import OutOfMemoryError
 from outcrop.models.catalog import BaseModel, LoraConfig
@@ -83,7 +82,8 @@ def asked_for(settings: Settings, base: BaseModel, plan: TrainPlan, lanes: int) 
     """
     limit = base.token_limit(plan.batch_size)
     longest = min(base.context_tokens, (limit and limit.total) or base.context_tokens)
-    needed = _needed(model_shape(settings, base.weights), plan, Portions(), longest, lanes)
+    portions = Portions.preferred(longest, lanes)
+    needed = _needed(model_shape(settings, base.weights), plan, portions, longest, lanes)
     return round(needed * (1 + MEMORY_TOLERANCE))
 
 
@@ -108,7 +108,7 @@ def choose_portions(
         OutOfMemoryError: not even the longest record fits alone; with the figures.
     """
     longest = max((len(example.input_ids) for example in examples), default=1)
-    for portions in _preferred(longest):
+    for portions in _preferred(longest, lanes):
         if _needed(shape, plan, portions, longest, lanes) <= allowed:
             return portions
     needed = _needed(shape, plan, portions, longest, lanes)
@@ -136,15 +136,15 @@ def portions_of_job(
         return Portions(LEAST_TOKENS, 0)
 
 
-def _preferred(longest: int) -> Iterator[Portions]:
+def _preferred(longest: int, lanes: int) -> Iterator[Portions]:
     """Yield portions, the fastest first: long records alone compute their activations twice, then
     micro-batches get smaller, and only then all activations are computed twice.
     """
-    sizes = [MAX_MICRO_BATCH_TOKENS]
+    sizes = [Portions.preferred(longest, lanes).tokens]
     while sizes[-1] > LEAST_TOKENS:
         sizes.append(max(sizes[-1] // 2, LEAST_TOKENS))
     for tokens in sizes:
-        yield Portions(tokens)
+        yield Portions(tokens, max(KEPT_TOKENS, tokens))
         if longest > tokens:
             for kept in range(KEPT_TOKENS - KEPT_STEP, tokens - 1, -KEPT_STEP):
                 yield Portions(tokens, kept)

@@ -15,7 +15,7 @@ from outcrop.models.load import compute_dtype
 from outcrop.models.passes import HEAD_CHUNK_TOKENS
 from outcrop.train.memory import peak_memory_bytes
 from outcrop.train.plan import TrainPlan
-from outcrop.train.portions import KEPT_TOKENS, Portions
+from outcrop.train.portions import Portions
 from outcrop.train.prediction import PROCESS_BYTES, ModelShape, predict_memory
 
 GPU_TOKENS = 16384
@@ -59,10 +59,17 @@ def device_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def default_portions(device: torch.device, shape: ModelShape, plan: TrainPlan) -> Portions:
-    """Return how steps are cut where nothing else is said."""
+def default_portions(
+    device: torch.device, shape: ModelShape, plan: TrainPlan, longest: int, lanes: int
+) -> Portions:
+    """Return how steps are cut where nothing else is said.
+
+    Args:
+        longest: tokens of the longest record.
+        lanes: rows that a CPU computes at the same time.
+    """
     if device.type != "cuda":
-        return Portions(MAX_MICRO_BATCH_TOKENS, KEPT_TOKENS)
+        return Portions.preferred(longest, lanes)
     size = torch.finfo(device_dtype(device)).bits // 8
     return gpu_portions(
         shape, plan, torch.cuda.get_device_properties(device).total_memory, number_bytes=size

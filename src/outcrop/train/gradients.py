@@ -13,7 +13,14 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from outcrop.data.pack import deal, last_loss_place, lay_row, num_row_tokens, pack
+from outcrop.data.pack import (
+    MAX_MICRO_BATCH_TOKENS,
+    deal,
+    last_loss_place,
+    lay_row,
+    num_row_tokens,
+    pack,
+)
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested
 from outcrop.evaluate.attention import packed_attention
@@ -99,11 +106,20 @@ def micro_batches(
 ) -> list[list[int]]:
     """Return the tokens of the records that are in work at the same time, for each such time."""
     if trainable.flat is None:
-        return [micro_batch.lengths for micro_batch in pack(batch, portions.tokens)]
+        limit = _autograd_tokens(trainable, portions)
+        return [micro_batch.lengths for micro_batch in pack(batch, limit)]
     return [
         [last_loss_place(example) for hand in wave for example in hand]
         for wave in waves(batch, portions, lanes)
     ]
+
+
+def _autograd_tokens(trainable: Trainable, portions: Portions) -> int:
+    """Return how long a row may be. On a CPU, portions that give several lanes long rows would only
+    take memory here, where there is one row at a time."""
+    if trainable.masters[0].is_cuda:
+        return portions.tokens
+    return min(portions.tokens, MAX_MICRO_BATCH_TOKENS)
 
 
 def _check(should_stop: Callable[[], bool]) -> None:
@@ -157,7 +173,7 @@ def _by_autograd(
 ) -> float:
     total = 0.0
     with packed_attention(trainable.model), _checked_layers(trainable.model, check):
-        for micro_batch in pack(batch, portions.tokens):
+        for micro_batch in pack(batch, _autograd_tokens(trainable, portions)):
             check()
             is_long = len(micro_batch.input_ids) > portions.kept_tokens
             with recomputed_layers(trainable.model) if is_long else nullcontext():

@@ -169,7 +169,9 @@ def train(
     device = device or choose_device()
     dtype = dtype or device_dtype(device)
     model, trainable = _load(plan, folder, parent, dtype, device, seed)
-    portions = default_portions(device, ModelShape.of(model.config.to_dict()), plan)
+    longest = max(len(example.input_ids) for example in examples)
+    shape = ModelShape.of(model.config.to_dict())
+    portions = default_portions(device, shape, plan, longest, threads)
     portions = Portions(
         portions.tokens if micro_batch_tokens is None else micro_batch_tokens,
         portions.kept_tokens if kept_tokens is None else kept_tokens,

@@ -13,6 +13,8 @@ from outcrop.data.pack import MAX_MICRO_BATCH_TOKENS
 KEPT_TOKENS = 2048
 """Up to so many tokens of a micro-batch keep their activations: about 3 GB in bfloat16 on 135
 million parameters in 30 layers. Micro-batches are smaller unless one record is longer."""
+ROW_TOKENS = 512
+"""Of a lane's row: longer ones are not computed faster, and take more memory."""
 LEAST_TOKENS = 128
 """A smaller micro-batch is not chosen on purpose, only when memory has run out: below it a step
 takes twice the time and more."""
@@ -30,6 +32,19 @@ class Portions:
     """Of one micro-batch at most; a longer record is one of its own."""
     kept_tokens: int = KEPT_TOKENS
     """A micro-batch of more tokens computes its activations twice."""
+
+    @classmethod
+    def preferred(cls, longest: int, lanes: int) -> Portions:
+        """Return the fastest portions: each lane has room for the longest record, up to a bound, so
+        that long ones are computed at the same time, too.
+
+        Args:
+            longest: tokens of the longest record.
+            lanes: rows that are computed at the same time.
+        """
+        row = min(max(longest, ROW_TOKENS), MAX_MICRO_BATCH_TOKENS)
+        tokens = max(MAX_MICRO_BATCH_TOKENS, lanes * row)
+        return cls(tokens, max(KEPT_TOKENS, tokens))
 
     def smaller(self, micro_batches: Sequence[Sequence[int]]) -> Portions | None:
         """Return portions of which the most expensive micro-batch is cut; None: nothing is left to

@@ -96,8 +96,15 @@ def test_a_container_has_no_more_memory_than_it_is_allowed(
 
 
 def test_with_memory_enough_the_portions_are_the_fastest() -> None:
-    found = choose_portions(SHIPPED_SHAPE, PLAN, records(100, 1500), 1 << 40)
-    assert found == Portions(MAX_MICRO_BATCH_TOKENS, KEPT_TOKENS)
+    for longest, lanes, tokens in (
+        (100, 1, MAX_MICRO_BATCH_TOKENS),
+        (512, 2, MAX_MICRO_BATCH_TOKENS),
+        (700, 2, 1400),  # one such record for each lane
+        (4000, 2, 2 * MAX_MICRO_BATCH_TOKENS),
+        (100, 8, 4096),
+    ):
+        found = choose_portions(SHIPPED_SHAPE, PLAN, records(100, longest), 1 << 40, lanes)
+        assert found == Portions(tokens, max(KEPT_TOKENS, tokens))
 
 
 def test_a_long_record_computes_its_activations_twice_before_the_others_get_smaller() -> None:

@@ -79,7 +79,9 @@ def test_cpu_is_the_cpu_also_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_cpu_keeps_its_portions() -> None:
-    assert default_portions(CPU, LARGE, PLAN) == Portions(MAX_MICRO_BATCH_TOKENS, KEPT_TOKENS)
+    for longest in (1, 100, 512):
+        found = default_portions(CPU, LARGE, PLAN, longest, 2)
+        assert found == Portions(MAX_MICRO_BATCH_TOKENS, KEPT_TOKENS)
 
 
 def test_a_gpu_with_much_memory_keeps_activations_of_large_micro_batches() -> None:
