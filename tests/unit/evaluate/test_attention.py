@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from tests.assets.architectures import COMMON, Architecture
+from tests.assets.smollm2 import smollm2_folder
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from outcrop.data.records import Example
 from outcrop.errors import ModelError
-from outcrop.evaluate.attention import SHORT_RECORD_TOKENS, Rule, attend
+from outcrop.evaluate.attention import SHORT_RECORD_TOKENS, Rule, attend, packed_attention
 from outcrop.evaluate.likelihood import evaluate_likelihood
+from outcrop.models.load import load_base
 
 NUM_HEADS, NUM_GROUPS, WIDTH = 6, 2, 16
 
@@ -167,6 +169,23 @@ def test_a_model_that_cannot_be_packed_is_refused_and_left_as_it_was(
     with pytest.raises(ModelError, match=rf"A \w+ model cannot be trained .*({says})"):
         evaluate_likelihood(model, [Example([5, 6, 7], [False, True, True])])
     assert model.config._attn_implementation == before
+
+
+def test_a_trained_model_in_bfloat16_is_not_refused_for_rounding_and_left_as_it_was() -> None:
+    """Between two of transformers' own attentions, its hidden states differ by a quarter there."""
+    model = load_base(smollm2_folder(), dtype=torch.bfloat16)
+    before = {name: (p.dtype, p.data_ptr()) for name, p in model.named_parameters()}
+    with packed_attention(model):
+        pass
+    assert {name: (p.dtype, p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_cannot_be_packed_is_refused_in_bfloat16_too() -> None:
+    model = Architecture("Mamba", {"state_size": 4}).model(dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match="would not be independent"), packed_attention(model):
+        pass
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_head_whose_scores_are_made_elsewhere_is_refused() -> None:
