@@ -337,8 +337,14 @@ def _wide_weights(decoder: nn.Module) -> Iterator[None]:
             parameter.data = data
         narrow.clear()
 
+    def widen_rows(_: nn.Module, __: Any, rows: Tensor) -> Tensor:
+        return rows.to(wide(rows.dtype))
+
     handles = []
     for module in _owners(decoder):
+        if isinstance(module, nn.Embedding):  # some rows of a table that may be gigabytes
+            handles.append(module.register_forward_hook(widen_rows))
+            continue
         handles.append(module.register_forward_pre_hook(widen))
         handles.append(module.register_forward_hook(restore, always_call=True))
     try:

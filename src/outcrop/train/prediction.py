@@ -224,11 +224,11 @@ def _trained_bytes(
         # because the embeddings are used from there.
         weights = size * (shape.parameters + shape.matrix_parameters)
         return weights + trained * (4 * WIDE_BYTES + size + rows * size)
-    # Masters, both moments and gradients; what is computed with; room for the gradients of rows,
-    # those of the embeddings in wide numbers.
+    # Masters, both moments and gradients; what is computed with, and a copy of it while it is
+    # published; room for the gradients of rows, those of the embeddings in wide numbers.
     tables = shape.parameters - shape.matrix_parameters
     room = size * shape.matrix_parameters + WIDE_BYTES * tables
-    return shape.parameters * (4 * WIDE_BYTES + size) + rows * room
+    return shape.parameters * (4 * WIDE_BYTES + 2 * size) + rows * room
 
 
 def _kept_bytes(shape: ModelShape, size: int, rank: int) -> int:
