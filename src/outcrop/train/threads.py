@@ -5,12 +5,13 @@ Where other processes want the cores, spinning keeps the late thread from being 
 threads then do a tenth of the work of one. So they must sleep instead. OpenMP reads that from the
 environment when torch is imported: whoever starts a training process passes it on. Torch-free.
 
-oneDNN prepares a product for each shape of matrices and keeps it, half a megabyte each, 1,024 of
-them by its own bound: with rows of ever other lengths that is soon reached. It reads at its first
-product how many it may keep.
+oneDNN prepares a product for each shape of matrices and keeps it, up to two megabytes each, 1,024
+of them by its own bound: with rows of ever other lengths that is soon reached. ideep, through which
+torch calls it, keeps the last 1,024 of each thread once more, whatever oneDNN has let go. Both read
+at their first product how many they may keep.
 
 Source: GNU libgomp manual, OMP_WAIT_POLICY and GOMP_SPINCOUNT; measured in docs/learning-rate.md.
-oneDNN's guide, "Primitive Cache"; measured in docs/memory.md.
+oneDNN's guide, "Primitive Cache"; ideep's lru_cache.hpp; measured in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ prepared again in every layer."""
 
 def training_environment(threads: int) -> dict[str, str]:
     """Return the variables of a process that trains with so many threads."""
-    return {**ENVIRONMENT, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(num_primitives(threads))}
+    total = num_primitives(threads)
+    return {
+        **ENVIRONMENT,
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(total),
+        "LRU_CACHE_CAPACITY": str(total // threads),
+    }
 
 
 def num_primitives(threads: int) -> int:
