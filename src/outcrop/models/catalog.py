@@ -275,7 +275,7 @@ def _family(
             token_limits=tuple(TokenLimit(**row) for row in entry["token_limits"]),
             batch_size=table["batch_size"],
             base_learning_rate=table.get("base_learning_rate"),
-            learning_rate_factor=factors.get(table["family"], {}),
+            learning_rate_factor=factors.get(entry["model_id"], factors.get(table["family"], {})),
             method=table.get("method", ADAPTER),
             lora=LoraConfig(**table.get("adapter", {})),
             pre_training_records=RecordQuota(

@@ -70,6 +70,14 @@ def test_published_example_is_understood() -> None:
     assert made.total_steps(17) == 3
 
 
+@pytest.mark.parametrize(
+    "model", [model for model in shipped_models() if model.hyper_parameters], ids=row_id
+)
+def test_every_models_default_trains_adapters_at_the_same_rate(model: BaseModel) -> None:
+    made = make_plan(model, "FINE_TUNING", {}, has_validation=True)
+    assert made.learning_rate == pytest.approx(1.6e-3 * min(1.0, made.batch_size / 8))
+
+
 def test_small_batches_of_records_train_adapters_at_a_smaller_rate() -> None:
     rates = {size: plan(TITAN, batchSize=str(size)).learning_rate for size in (1, 4, 8, 64)}
     full_rate = 1e-5 * base(TITAN).learning_rate_factor["adapter"]
