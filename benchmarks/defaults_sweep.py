@@ -198,8 +198,7 @@ class Sweep:
         if find_line(file, key) is not None:
             return
         prompts = [
-            self.renderer.render_prompt((Message("user", record["prompt"]),))
-            for record in answered
+            self.renderer.render_prompt((Message("user", record["prompt"]),)) for record in answered
         ]
         found = self.score(artifact, self.test_file, prompts)
         answers = [self.renderer.decode(ids) for ids in found["answers"]]
