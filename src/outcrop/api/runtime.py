@@ -8,7 +8,8 @@ business.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from outcrop.ids import foundation_model_arn, parse_arn
 from outcrop.models.catalog import BaseModel
 from outcrop.serve.client import ModelClient
 from outcrop.serve.prompt_formats import NativeRequest, format_body, parse_body
-from outcrop.serve.request import Generation, GenerationRequest
+from outcrop.serve.request import Generation, GenerationRequest, TokenEvent
 from outcrop.store import models, servers, throughputs
 from outcrop.store.database import transaction
 from outcrop.store.rows import ProvisionedModel
@@ -104,16 +105,55 @@ async def generate(
         ModelTimeoutException: the answer took longer than `invoke_timeout_seconds`.
         ModelErrorException: the server ended while it answered, or cannot be started.
     """
-    request = GenerationRequest(
-        messages=native.messages,
-        sampling=native.sampling,
-        adapter=str(target.artifact) if target.artifact else None,
-    )
+    request = _generation_request(target, native)
 
     async def ask(client: ModelClient) -> list[Generation]:
         return [await client.generate(request) for _ in range(native.num_generations)]
 
     return await _with_server(context, target.weights, ask)
+
+
+async def stream(
+    context: RequestContext, target: Target, native: NativeRequest
+) -> AsyncGenerator[TokenEvent | Generation, None]:
+    """Yield one answer as the model server makes it; the last event is the Generation.
+
+    What is refused is refused before the first event. Closing the generator early
+    (`contextlib.aclosing`) cancels the request in the model server.
+
+    Raises:
+        ApiError: as `generate`, and as the model server refuses the request; after the first
+            event too, where the server ends or the answer takes too long.
+    """
+    request = _generation_request(target, native)
+    seconds = context.services.settings.invoke_timeout_seconds
+
+    async def begin(
+        client: ModelClient,
+    ) -> tuple[AsyncGenerator[TokenEvent | Generation, None], TokenEvent | Generation, float]:
+        ends = time.monotonic() + seconds
+        events = client.stream(request)
+        return events, await anext(events), ends
+
+    events, event, ends = await _with_server(context, target.weights, begin)
+    async with aclosing(events):
+        yield event
+        while not isinstance(event, Generation):
+            # Around each event, not around all: a cancel scope may not lie across a yield.
+            try:
+                with anyio.fail_after(max(0.0, ends - time.monotonic())):
+                    event = await anext(events)
+            except TimeoutError:
+                raise _too_slow(seconds) from None
+            yield event
+
+
+def _generation_request(target: Target, native: NativeRequest) -> GenerationRequest:
+    return GenerationRequest(
+        messages=native.messages,
+        sampling=native.sampling,
+        adapter=str(target.artifact) if target.artifact else None,
+    )
 
 
 async def _with_server(
@@ -132,10 +172,7 @@ async def _with_server(
             with anyio.fail_after(settings.invoke_timeout_seconds):
                 return await ask(client)
         except TimeoutError:
-            raise ModelTimeoutException(
-                f"The model did not answer within {settings.invoke_timeout_seconds} s. Ask for "
-                "fewer tokens, or raise invoke_timeout_seconds."
-            ) from None
+            raise _too_slow(settings.invoke_timeout_seconds) from None
         except ServingError:
             if time.monotonic() >= deadline:
                 raise ModelNotReadyException(
@@ -246,6 +283,13 @@ def _look_for_server(context: RequestContext, weights: str) -> ModelClient | Non
         with transaction(engine) as connection:
             servers.touch(connection, weights)
     return ModelClient(Path(row.address))
+
+
+def _too_slow(seconds: float) -> ModelTimeoutException:
+    return ModelTimeoutException(
+        f"The model did not answer within {seconds} s. Ask for fewer tokens, or raise "
+        "invoke_timeout_seconds."
+    )
 
 
 def _refuse_what_is_not_offered(params: dict[str, Any]) -> None:
