@@ -17,23 +17,23 @@ Blocks and segments are those of `Layout`.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from outcrop.models import pointwise
+from outcrop.models.compiled import (
+    NoCompilerError,
+    keep_libraries_in,
+    library_folder,
+    load_library,
+)
 from outcrop.models.flash import Spans, in_fixed_order
 from outcrop.models.fused import Fused
 from outcrop.models.pointwise import wide as wide
@@ -42,7 +42,6 @@ from outcrop.models.workspace import Take
 
 logger = logging.getLogger(__name__)
 
-COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     *("-O3", "-std=c11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math"),
@@ -54,7 +53,6 @@ MACHINE_FLAGS = (
     ("-fopenmp-simd",),
 )
 """The first that the compiler takes are used: not every one has OpenMP, or knows its machine."""
-COMPILE_SECONDS = 60.0
 WIDEST_HEAD = 1024
 """Numbers in a head at most: kernels.c sums up that many at a time."""
 TYPES = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
@@ -72,7 +70,6 @@ SIGNATURES = {
 }
 """The C functions and their arguments: n a number, x a float, a an address."""
 _Table = ctypes.Array[ctypes.c_int64]
-_folder: Path | None = platformdirs.user_cache_path("outcrop") / "kernels"
 _norm_forward = Fused(pointwise.norm_forward, rows=(0, 1))
 _norm_backward = Fused(pointwise.norm_backward, rows=(0, 1, 3, 4))
 _gated_forward = Fused(pointwise.gated_forward, rows=(0,))
@@ -451,8 +448,7 @@ def keep_kernels_in(folder: Path | None) -> None:
 
     Before, it is a folder of this user's cache.
     """
-    global _folder
-    _folder = folder
+    keep_libraries_in(folder)
     _library.cache_clear()
 
 
@@ -484,25 +480,19 @@ def _kernels(tensor: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
 
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    folder = _folder
-    if folder is None:
-        return None
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    source = (resources.files("outcrop.models") / "kernels.c").read_bytes()
-    flags = (*FLAGS, *TYPES[dtype])
-    key = hashlib.sha256(source + repr((flags, MACHINE_FLAGS, processor())).encode()).hexdigest()
-    stem = f"kernels-{key[:20]}"
     try:
-        file = _kept(folder, stem)
-        if file is None:
-            if compiler is None:
-                logger.info("no C compiler (%s): training is slower", ", ".join(COMPILERS))
-                return None
-            file = _compile(compiler, flags, source, folder, stem)
-        _share_openmp()
-        library = ctypes.CDLL(str(file))
+        if library_folder() is not None:
+            _share_openmp()
+        library = load_library(
+            "outcrop.models", "kernels.c", (*FLAGS, *TYPES[dtype]), MACHINE_FLAGS
+        )
+    except NoCompilerError as error:
+        logger.info("%s: training is slower", error)
+        return None
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("the kernels could not be compiled, training is slower: %s", error)
+        return None
+    if library is None:
         return None
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)
@@ -511,65 +501,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return library
 
 
-def _kept(folder: Path, stem: str) -> Path | None:
-    """Return the library that was compiled before, if it is whole; its name tells its digest.
-
-    A machine that lost power may have kept a name without all of the content, and to load that
-    would end the process.
-    """
-    for file in sorted(folder.glob(f"{stem}-*.so")):
-        if file.stem == f"{stem}-{_digest(file)}":
-            return file
-        logger.warning("%s is damaged; it is compiled again", file)
-        file.unlink(missing_ok=True)
-    return None
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:20]
-
-
-def _compile(compiler: str, flags: Sequence[str], source: bytes, folder: Path, stem: str) -> Path:
-    """Write the shared library, whole or not at all; others may do the same at the same time.
-
-    Returns:
-        Where it is.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        code, made, linked = (Path(scratch, f"kernels.{kind}") for kind in ("c", "o", "so"))
-        code.write_bytes(source)
-        for machine_flags in MACHINE_FLAGS:
-            refused = _run([compiler, *flags, *machine_flags, "-c", str(code), "-o", str(made)])
-            if not refused:
-                break
-        # Not linked with OpenMP: torch has brought its own, and two would fight for the cores.
-        refused = refused or _run([compiler, "-shared", str(made), "-o", str(linked), "-lm"])
-        if refused:
-            raise OSError(f"{Path(compiler).name} failed: {refused}")
-        return linked.rename(folder / f"{stem}-{_digest(linked)}.so")
-
-
-def _run(command: Sequence[str]) -> str:
-    """Run a compiler; return the end of what it complained of, nothing where it succeeded."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-    )
-    return "" if done.returncode == 0 else done.stderr[-500:] or f"exit code {done.returncode}"
-
-
 @cache
 def _share_openmp() -> None:
     """Let libraries that are loaded from now on find the OpenMP that torch has brought along."""
     for file in sorted(Path(torch.__file__).parent.glob("lib/libgomp*")):
         ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-
-
-def processor() -> str:
-    """Return what decides which machine code runs here."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = ("model name", "flags", "Features", "CPU part")
-    return repr((platform.machine(), [line for line in lines if line.startswith(names)][:2]))

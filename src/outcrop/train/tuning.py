@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from outcrop.data.records import Example
-from outcrop.models.kernels import are_compiled, processor
+from outcrop.models.compiled import processor
+from outcrop.models.kernels import are_compiled
 from outcrop.models.lanes import LARGEST_SHARE
 from outcrop.store.files import write_private
 from outcrop.train.gradients import gather_gradients

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outcrop.models import kernels
+from outcrop.models import compiled, kernels
 from outcrop.models.kernels import Layout, are_compiled, keep_kernels_in, wide
 from outcrop.models.rows import Segment
 
-COMPILER = next(filter(None, map(shutil.which, kernels.COMPILERS)), None)
+COMPILER = next(filter(None, map(shutil.which, compiled.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler here")
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
@@ -49,7 +49,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_the_tests(kept: Path) -> Iterator[None]:
-    before = kernels._folder
+    before = compiled.library_folder()
     keep_kernels_in(kept)
     yield
     keep_kernels_in(before)
@@ -297,7 +297,9 @@ def test_the_exponential_is_accurate_to_the_last_places(
     }
     """
     assert COMPILER is not None
-    file = kernels._compile(COMPILER, (*kernels.FLAGS, *defined), source, tmp_path, "exp")
+    file = compiled.compile_library(
+        COMPILER, (*kernels.FLAGS, *defined), kernels.MACHINE_FLAGS, source, tmp_path, "exp"
+    )
     kernels._share_openmp()
     function = ctypes.CDLL(str(file)).exponentials
     function.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -350,8 +352,8 @@ def test_without_a_compiler_that_works_the_results_are_the_same(
     with uncompiled():
         wanted = losses()
     name = "no-such-compiler" if body is None else fake_compiler(tmp_path, body)
-    monkeypatch.setattr(kernels, "COMPILERS", (name,))
-    monkeypatch.setattr(kernels, "COMPILE_SECONDS", 0.3)
+    monkeypatch.setattr(compiled, "COMPILERS", (name,))
+    monkeypatch.setattr(compiled, "COMPILE_SECONDS", 0.3)
     keep_kernels_in(tmp_path / "kept")
     with caplog.at_level(logging.INFO, "outcrop.models.kernels"):
         found = losses()
@@ -398,7 +400,8 @@ def test_a_damaged_file_is_said_and_compiled_again(
     assert are_compiled(torch.float32)
     assert f"{file} is damaged" in caplog.text
     assert [
-        kernels._kept(tmp_path, found.stem.rpartition("-")[0]) for found in tmp_path.glob("*.so")
+        compiled.find_kept(tmp_path, found.stem.rpartition("-")[0])
+        for found in tmp_path.glob("*.so")
     ]
 
 
@@ -408,7 +411,7 @@ def test_what_was_compiled_is_used_again_without_a_compiler(
 ) -> None:
     keep_kernels_in(tmp_path)
     wanted = losses()
-    monkeypatch.setattr(kernels, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     keep_kernels_in(tmp_path)
     assert are_compiled(torch.float32)
     assert torch.equal(losses(), wanted)
