@@ -1,4 +1,4 @@
-"""The first start: the owner with an access key, and the role that jobs run as.
+"""The first start: the owner with an access key and an API key, and the role that jobs run as.
 
 Makes the rows from the credentials file, or the file from the rows, whichever is there; does
 nothing where both are there and agree. What the owner changed later (policies, further users, a
@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine
 
 from outcrop.errors import SettingsError, StoreError
 from outcrop.identity import accounts
+from outcrop.identity.api_keys import ApiKey, api_key_file, load_or_make_api_key, put_api_key
 from outcrop.identity.credentials import (
     OWNER,
     Credentials,
@@ -86,11 +87,13 @@ def bootstrap(engine: Engine, settings: Settings) -> Credentials:
             f"{found.account} ({credentials_file(settings)}). Set account to {found.account}, or "
             "use another data directory and database."
         )
+    key = load_or_make_api_key(settings)
     with transaction(engine) as connection:
         if rows.users(connection, settings.account):
             _check_agreement(connection, settings, found)
         else:
             _make_first_rows(connection, found)
+        _put_api_key(connection, settings, key)
     return found
 
 
@@ -101,6 +104,17 @@ def _make_first_rows(connection: Connection, credentials: Credentials) -> None:
     accounts.put_access_key(connection, credentials)
     accounts.put_role(connection, account, CUSTOMIZATION_ROLE, TRUST_BEDROCK)
     accounts.put_role_policy(connection, account, CUSTOMIZATION_ROLE, "Buckets", ROLE_POLICY)
+
+
+def _put_api_key(connection: Connection, settings: Settings, key: ApiKey) -> None:
+    """Write the key's row where it is not there; it may have been disabled or its user removed."""
+    if key.account != settings.account:
+        raise SettingsError(
+            f"{api_key_file(settings)} is of account {key.account}, but this installation was made "
+            f"for account {settings.account}. Remove the file: a new key is made then."
+        )
+    if any(user.name == key.user for user in rows.users(connection, key.account)):
+        put_api_key(connection, key)
 
 
 def _check_agreement(connection: Connection, settings: Settings, found: Credentials) -> None:

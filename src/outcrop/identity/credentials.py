@@ -79,7 +79,7 @@ def load_or_make_credentials(settings: Settings) -> Credentials:
 def keep_credentials(settings: Settings, credentials: Credentials) -> Credentials:
     """Write the file unless another process was first; returns what the file holds now."""
     content = json.dumps(asdict(credentials), indent=2) + "\n"
-    if _create(credentials_file(settings), content.encode()):
+    if create_secret(credentials_file(settings), content.encode()):
         return credentials
     found = load_credentials(settings)
     assert found is not None
@@ -90,11 +90,11 @@ def page_key(settings: Settings) -> bytes:
     """Return the secret that signs the tokens of paged lists, making it where there is none."""
     path = settings.data_dir / "secrets" / "page-key"
     if not path.exists():
-        _create(path, secrets.token_bytes(_PAGE_KEY_BYTES))
+        create_secret(path, secrets.token_bytes(_PAGE_KEY_BYTES))
     return path.read_bytes()
 
 
-def _create(path: Path, content: bytes) -> bool:
+def create_secret(path: Path, content: bytes) -> bool:
     """Write a new file of mode 600, durably; False where it is there already."""
     path.parent.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.parent.mkdir(exist_ok=True, mode=0o700)

@@ -28,7 +28,7 @@ class Principal:
     name: str
     """Name of the user or the role, without path."""
     access_key_id: str | None = None
-    """The key that signed the request; None for a role that a job acts for."""
+    """The key that signed the request; None for an API key, and for a role that a job acts for."""
 
 
 def authenticate(connection: Connection, access_key_id: str) -> tuple[Principal, str] | None:

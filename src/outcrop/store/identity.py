@@ -1,4 +1,4 @@
-"""Rows of users, access keys, roles and inline policies; what they mean is decided elsewhere."""
+"""Rows of users, their keys, roles and inline policies; what they mean is decided elsewhere."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _REGION = tables.GLOBAL_REGION
 _ACCESS_KEY = sa.select(tables.access_key).where(
     tables.access_key.c.access_key_id == sa.bindparam("access_key_id")
 )
+_API_KEY = sa.select(tables.api_key).where(tables.api_key.c.digest == sa.bindparam("digest"))
 _POLICIES = (
     sa.select(tables.iam_policy)
     .where(
@@ -49,6 +50,19 @@ class AccessKey:
     account: str
     access_key_id: str
     secret: str = field(repr=False)
+    user_name: str
+    active: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """What a user sends instead of a signature; the key itself is not kept."""
+
+    account: str
+    digest: str
+    """SHA-256 of the whole key, in hexadecimal."""
+    key_id: str
     user_name: str
     active: bool
     created_at: datetime
@@ -89,6 +103,7 @@ def delete_user(connection: Connection, account: str, name: str) -> None:
     """Remove a user with its keys and policies."""
     _delete(connection, tables.iam_user, account, name=name)
     _delete(connection, tables.access_key, account, user_name=name)
+    _delete(connection, tables.api_key, account, user_name=name)
     _delete(connection, tables.iam_policy, account, owner_kind="user", owner_name=name)
 
 
@@ -130,6 +145,39 @@ def set_access_key_active(connection: Connection, access_key_id: str, active: bo
     """Enable or disable a key; False where there is none."""
     table = tables.access_key
     query = sa.update(table).where(table.c.access_key_id == access_key_id).values(active=active)
+    return connection.execute(query).rowcount == 1
+
+
+def api_key(connection: Connection, digest: str) -> ApiKey | None:
+    """Return an API key of any account, by the digest of what was sent."""
+    row = connection.execute(_API_KEY, {"digest": digest}).first()
+    return None if row is None else from_row(ApiKey, row)
+
+
+def put_api_key(connection: Connection, account: str, user: str, key_id: str, digest: str) -> None:
+    """Make an API key.
+
+    Raises:
+        ResourceNotFoundException: there is no such user.
+    """
+    if not _user_exists(connection, account, user):
+        raise ResourceNotFoundException(f"The user {user} does not exist in account {account}.")
+    _insert(
+        connection,
+        tables.api_key,
+        account,
+        key_id=key_id,
+        digest=digest,
+        user_name=user,
+        active=True,
+        created_at=datetime.now(UTC),
+    )
+
+
+def set_api_key_active(connection: Connection, key_id: str, active: bool) -> bool:
+    """Enable or disable an API key; False where there is none."""
+    table = tables.api_key
+    query = sa.update(table).where(table.c.key_id == key_id).values(active=active)
     return connection.execute(query).rowcount == 1
 
 

@@ -87,6 +87,19 @@ access_key = sa.Table(
     sa.PrimaryKeyConstraint("account", "region", "access_key_id"),
 )
 
+api_key = sa.Table(
+    "api_key",
+    metadata,
+    *_scope(),
+    # A key is looked up by its digest alone, so that must be unique over all accounts.
+    _required("digest", sa.String(64), unique=True),
+    _required("key_id", sa.String(128)),
+    _required("user_name", sa.String(64)),
+    _required("active", sa.Boolean),
+    _required("created_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "key_id"),
+)
+
 iam_role = sa.Table(
     "iam_role",
     metadata,

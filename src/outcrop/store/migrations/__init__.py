@@ -10,7 +10,13 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from outcrop.store.migrations import m0001_first, m0002_turns, m0003_run_plan, m0004_job_metric
+from outcrop.store.migrations import (
+    m0001_first,
+    m0002_turns,
+    m0003_run_plan,
+    m0004_job_metric,
+    m0005_api_key,
+)
 
 Migration = Callable[[Connection], None]
 
@@ -19,4 +25,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0002_turns.apply,
     m0003_run_plan.apply,
     m0004_job_metric.apply,
+    m0005_api_key.apply,
 )
