@@ -19,7 +19,8 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from outcrop.errors import AccessDeniedException, SettingsError
+from outcrop.errors import SettingsError
+from outcrop.identity.authorize import authorize
 from outcrop.identity.credentials import OWNER, create_secret
 from outcrop.identity.principals import Principal, user_principal
 from outcrop.settings import Settings
@@ -94,19 +95,18 @@ def disable_api_key(connection: Connection, key_id: str) -> None:
     rows.set_api_key_active(connection, key_id, False)
 
 
-def authenticate_api_key(connection: Connection, key: str) -> Principal:
-    """Return who holds a key.
+def authenticate_api_key(connection: Connection, key: str) -> Principal | None:
+    """Return who holds a key; None where it is unknown or disabled.
 
     Raises:
-        AccessDeniedException: the key is unknown or disabled.
+        AccessDeniedException: its user may not call with a key (`bedrock:CallWithBearerToken`).
     """
     found = rows.api_key(connection, _digest(key)) if len(key) <= MAX_LENGTH else None
     if found is None or not found.active:
-        raise AccessDeniedException(
-            "Authentication failed: Please make sure your API Key is valid. `outcrop env --bearer` "
-            "prints the owner's."
-        )
-    return user_principal(found.account, found.user_name)
+        return None
+    principal = user_principal(found.account, found.user_name)
+    authorize(connection, principal, CALL_ACTION, "*")
+    return principal
 
 
 def bearer_key(authorization: str) -> str | None:

@@ -1,0 +1,194 @@
+"""Answers in OpenAI's shapes: objects, the chunks of a stream, models and errors.
+
+Turns generations and errors into JSON objects. Knows neither requests nor sockets.
+
+Source: OpenAI API Reference: the chat completion, chat completion chunk, completion and model
+objects; guide "Error codes" for statuses, and its client for which of them are asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from outcrop.errors import ApiError
+from outcrop.serve.request import FinishReason, Generation, TokenLogprob
+
+Kind = Literal["chat", "text"]
+
+REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "stop_sequence": "stop"}
+END_OF_STREAM = b"data: [DONE]\n\n"
+CODES = {
+    "ResourceNotFoundException": (404, "invalid_request_error", "model_not_found"),
+    "AccessDeniedException": (403, "invalid_request_error", "insufficient_permissions"),
+    "ThrottlingException": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "ModelNotReadyException": (503, "server_error", "model_not_ready"),
+    "ServiceUnavailableException": (503, "server_error", "service_unavailable"),
+    "ModelTimeoutException": (408, "server_error", "timeout"),
+    "ModelErrorException": (500, "server_error", "model_error"),
+    "ModelStreamErrorException": (500, "server_error", "model_error"),
+}
+"""AWS's code -> status, type and code of OpenAI's. All others keep their status."""
+RETRY_SECONDS = 1
+"""What `Retry-After` says to who came too early."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What all parts of one answer say of it."""
+
+    kind: Kind
+    model: str
+    """As the request named it."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, *, chunk: bool) -> dict[str, Any]:
+        """Return the members before the choices."""
+        if self.kind == "chat":
+            name = "chat.completion.chunk" if chunk else "chat.completion"
+            return {**self._named(f"chatcmpl-{self.id}", name)}
+        return self._named(f"cmpl-{self.id}", "text_completion")
+
+    def _named(self, answer_id: str, name: str) -> dict[str, Any]:
+        return {"id": answer_id, "object": name, "created": self.created, "model": self.model}
+
+
+def whole(
+    reply: Reply, generations: Sequence[Generation], prompts: Sequence[str], choices_each: int
+) -> dict[str, Any]:
+    """Return the answer that is not streamed.
+
+    Args:
+        prompts: what each answer begins with: empty texts unless the prompt is echoed.
+        choices_each: answers to one prompt, which is counted once.
+    """
+    choices = []
+    for index, (generation, prompt) in enumerate(zip(generations, prompts, strict=True)):
+        end: dict[str, Any] = {"logprobs": None, "finish_reason": REASONS[generation.finish_reason]}
+        if generation.logprobs is not None:
+            end["logprobs"] = logprobs(reply.kind, generation.logprobs)
+        if reply.kind == "chat":
+            message = {"role": "assistant", "content": generation.text, "refusal": None}
+            choices.append({"index": index, "message": message, **end})
+        else:
+            choices.append({"index": index, "text": prompt + generation.text, **end})
+    return {
+        **reply.head(chunk=False),
+        "choices": choices,
+        "usage": usage(generations, choices_each),
+    }
+
+
+def text_chunk(reply: Reply, index: int, text: str, *, first: bool = False) -> dict[str, Any]:
+    """Return the chunk that adds text to one choice; the first of a chat names the role."""
+    if reply.kind == "text":
+        choice: dict[str, Any] = {"index": index, "text": text}
+    elif first:
+        choice = {"index": index, "delta": {"role": "assistant", "content": text, "refusal": None}}
+    else:
+        choice = {"index": index, "delta": {"content": text}}
+    end = {"logprobs": None, "finish_reason": None}
+    return {**reply.head(chunk=True), "choices": [{**choice, **end}]}
+
+
+def last_chunk(reply: Reply, index: int, generation: Generation) -> dict[str, Any]:
+    """Return the chunk that ends one choice; it carries the log-probabilities of all of it."""
+    choice: dict[str, Any] = {"index": index}
+    if reply.kind == "text":
+        choice["text"] = ""
+    else:
+        choice["delta"] = {}
+    choice["logprobs"] = None
+    if generation.logprobs is not None:
+        choice["logprobs"] = logprobs(reply.kind, generation.logprobs)
+    choice["finish_reason"] = REASONS[generation.finish_reason]
+    return {**reply.head(chunk=True), "choices": [choice]}
+
+
+def usage_chunk(
+    reply: Reply, generations: Sequence[Generation], choices_each: int
+) -> dict[str, Any]:
+    """Return the chunk after the last choice's, with the token counts."""
+    return {
+        **reply.head(chunk=True),
+        "choices": [],
+        "usage": usage(generations, choices_each),
+    }
+
+
+def usage(generations: Sequence[Generation], choices_each: int) -> dict[str, int]:
+    """Return the token counts: each prompt once, however many answers it has."""
+    prompt = sum(generation.input_tokens for generation in generations[::choices_each])
+    completion = sum(generation.output_tokens for generation in generations)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def logprobs(kind: Kind, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Return the log-probabilities of an answer's tokens, without alternatives."""
+    if kind == "chat":
+        return {
+            "content": [
+                {
+                    "token": token.text,
+                    "logprob": token.logprob,
+                    # A token that holds a part of a character has no text of its own.
+                    "bytes": None if "\ufffd" in token.text else list(token.text.encode()),
+                    "top_logprobs": [],
+                }
+                for token in tokens
+            ],
+            "refusal": None,
+        }
+    offsets, place = [], 0
+    for token in tokens:
+        offsets.append(place)
+        place += len(token.text)
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": None,
+        "text_offset": offsets,
+    }
+
+
+def model(model_id: str, created: int, owned_by: str) -> dict[str, Any]:
+    """Return a model of the list."""
+    return {"id": model_id, "object": "model", "created": created, "owned_by": owned_by}
+
+
+def error(found: ApiError) -> tuple[int, dict[str, Any]]:
+    """Return an error's status and body. No user's mistake has a status of 500 or above."""
+    status, kind, code = CODES.get(found.code, (found.http_status, "", None))
+    if not kind:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+    param = found.members.get("param")
+    body = {
+        "message": found.message,
+        "type": kind,
+        "param": param,
+        "code": found.members.get("code", code),
+    }
+    return status, {"error": body}
+
+
+def error_headers(status: int) -> dict[str, str]:
+    """Return what tells a client whether to ask again: a request that took too long does so again,
+    and one that came too early waits a little."""
+    if status == 408:
+        return {"x-should-retry": "false"}
+    return {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else {}
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """Return one server-sent event. It is ASCII, because some clients take U+2028 in a text for the
+    end of its line."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n\n"
