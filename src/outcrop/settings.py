@@ -23,6 +23,7 @@ from outcrop.errors import SettingsError
 ENVIRONMENT_PREFIX = "OUTCROP_"
 CONFIG_VARIABLE = "OUTCROP_CONFIG"
 CONFIG_FILE = "outcrop.toml"
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False, "": False}
 
 
 def _setting(
@@ -62,6 +63,17 @@ class Settings:
         "Address the gateway listens on.", "127.0.0.1", form=(r"\S+", "an address or a host's name")
     )
     port: int = _setting("Port the gateway listens on; 0 takes a free one.", 7070, minimum=0)
+    tls: bool = _setting(
+        "Whether the gateway speaks https, with a certificate of an authority that the first start "
+        "makes. botocore sends API keys over https only.",
+        False,
+    )
+    tls_names: str = _setting(
+        "Further names and addresses of the gateway, separated by commas, for its certificate; "
+        "localhost, host and this machine's name are in it.",
+        "",
+        form=(r"[A-Za-z0-9.:_,* -]*", "names and addresses, separated by commas"),
+    )
     account: str = _setting(
         "Account id made at the first start, 12 digits.",
         "123456789012",
@@ -247,8 +259,12 @@ def _config_file(environ: Mapping[str, str], data_dir: Path | None) -> Path | No
 
 
 def _convert(item: Field[Any], value: object, origin: str) -> Any:
-    kind = {"int": int, "str": str, "Path": Path}[str(item.type)]
+    kind = {"int": int, "str": str, "bool": bool, "Path": Path}[str(item.type)]
     text = str(value)
+    if kind is bool:
+        if text.lower() not in _BOOLEANS:
+            raise SettingsError(f"{origin} must be true or false, not {value!r}.")
+        return _BOOLEANS[text.lower()]
     if kind is int:
         try:
             return int(text)
@@ -270,7 +286,7 @@ def _check(settings: Settings) -> None:
     for item in setting_fields():
         value = getattr(settings, item.name)
         minimum, form = item.metadata["minimum"], item.metadata["form"]
-        if isinstance(value, int) and value < minimum:
+        if isinstance(value, int) and not isinstance(value, bool) and value < minimum:
             raise SettingsError(f"{item.name} must be at least {minimum}, not {value}.")
         if form is not None and not re.fullmatch(form[0], value):
             raise SettingsError(f"{item.name} must be {form[1]}, not {value!r}.")

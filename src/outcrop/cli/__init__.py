@@ -82,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (serve, gateway):
         command.add_argument("--host", help="address to listen on")
         command.add_argument("--port", type=int, help="port to listen on; 0 takes a free one")
+    for command in (serve, gateway):
+        _add_tls(command, "speak https, with a certificate made at the first start")
     worker = add("worker", commands.worker, "Run a worker alone: it takes up queued jobs.")
     worker.add_argument("--name", help="what the worker is called in the jobs it holds")
     model_server = add("model-server", commands.model_server, "Run one model server alone.")
@@ -90,6 +92,12 @@ def parser() -> argparse.ArgumentParser:
 
     env = add("env", commands.env, "Print the variables that point AWS clients here.")
     env.add_argument("--port", type=int, help="port of the service")
+    _add_tls(env, "for a service that will be started with --tls; one that runs is asked itself")
+    env.add_argument(
+        "--bearer",
+        action="store_true",
+        help="also the API key, for Bedrock's clients (over https) and OpenAI's",
+    )
     env.add_argument(
         "--shell",
         choices=("sh", "fish", "powershell", "json"),
@@ -115,3 +123,8 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--name", help="its name in lists, at most 20 characters")
     added.add_argument("--provider", help="its maker in lists, at most 20 characters")
     return top
+
+
+def _add_tls(command: argparse.ArgumentParser, help: str) -> None:
+    """Add the flag; without it the setting decides."""
+    command.add_argument("--tls", action="store_true", default=None, help=help)

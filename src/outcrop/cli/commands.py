@@ -30,7 +30,7 @@ def _settings_and_data_dir(options: argparse.Namespace) -> Settings:
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("data_dir", "host", "port")
+    names = ("data_dir", "host", "port", "tls")
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
@@ -90,13 +90,23 @@ def model_server(options: argparse.Namespace) -> int:
 
 def env(options: argparse.Namespace) -> int:
     """Print the variables for AWS clients; works before the service was ever started."""
-    from outcrop.cli.env import client_variables, service_url, write_shell
+    from outcrop.cli import env
     from outcrop.identity.bootstrap import load_or_make_credentials
 
     settings = _settings_and_data_dir(options)
-    url = service_url(settings, options.port)
-    credentials = load_or_make_credentials(settings)
-    print(write_shell(client_variables(url, credentials, settings.region), options.shell))
+    url = env.service_url(settings, options.port)
+    variables = env.client_variables(url, load_or_make_credentials(settings), settings.region)
+    if url.startswith("https:"):
+        from outcrop.identity.certificates import make_tls_files
+
+        variables |= env.tls_variables(make_tls_files(settings), bearer=options.bearer)
+    if options.bearer:
+        from outcrop.identity.api_keys import load_or_make_api_key
+
+        variables |= env.bearer_variables(url, load_or_make_api_key(settings))
+        if variables["AWS_BEARER_TOKEN_BEDROCK"] is None:
+            print(f"outcrop: {env.PLAIN_HTTP}", file=sys.stderr)
+    print(env.write_shell(variables, options.shell))
     return 0
 
 

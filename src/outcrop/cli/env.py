@@ -1,14 +1,20 @@
-"""The variables that point unmodified AWS clients at this service, in a shell's own syntax."""
+"""The variables that point unmodified AWS and OpenAI clients at this service, in a shell's own
+syntax."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from outcrop.identity.api_keys import ApiKey
 from outcrop.identity.bootstrap import Credentials
 from outcrop.processes.address import GATEWAY, reachable_url, read_address
 from outcrop.settings import Settings
+
+if TYPE_CHECKING:
+    from outcrop.identity.certificates import TlsFiles
 
 UNSET = (
     "AWS_SESSION_TOKEN",
@@ -24,6 +30,10 @@ UNSET = (
 )
 """Variables that would win over ours: other credentials, and endpoints of single services."""
 
+PLAIN_HTTP = (
+    "AWS clients keep signing their requests, because botocore sends no API key over plain http. "
+    "Start the service with `outcrop serve --tls` for that; OpenAI's clients use the key now."
+)
 Variables = dict[str, str | None]
 """Name to value; None means that the variable must not be set."""
 
@@ -31,9 +41,10 @@ Variables = dict[str, str | None]
 def service_url(settings: Settings, port: int | None) -> str:
     """Return the service's URL: of the given port, else as it runs now, else as it is set."""
     running = read_address(settings.data_dir, GATEWAY)
-    if port is None and running is not None:
+    if running is not None and port in (None, urlsplit(running).port):
         return running
-    return reachable_url(settings.host, settings.port if port is None else port)
+    wanted = settings.port if port is None else port
+    return reachable_url(settings.host, wanted, tls=settings.tls)
 
 
 def client_variables(url: str, credentials: Credentials, region: str) -> Variables:
@@ -50,6 +61,30 @@ def client_variables(url: str, credentials: Credentials, region: str) -> Variabl
         "AWS_REGION": region,
         "NO_PROXY": host,
         "no_proxy": host,
+    }
+
+
+def tls_variables(files: TlsFiles, *, bearer: bool) -> Variables:
+    """Return what has clients trust the service's certificate.
+
+    AWS clients speak to this service alone. The variables of other programs hold for every address
+    they speak to, so those get the public authorities too.
+
+    Args:
+        bearer: whether OpenAI's clients are to trust it.
+    """
+    variables: Variables = {"AWS_CA_BUNDLE": str(files.authority)}
+    if bearer:
+        variables |= dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), str(files.bundle))
+    return variables
+
+
+def bearer_variables(url: str, key: ApiKey) -> Variables:
+    """Return what has clients send the API key; botocore's refuse to over plain http."""
+    return {
+        "AWS_BEARER_TOKEN_BEDROCK": key.key if url.startswith("https:") else None,
+        "OPENAI_API_KEY": key.key,
+        "OPENAI_BASE_URL": f"{url}/v1",
     }
 
 

@@ -19,10 +19,11 @@ _THIS_MACHINE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Who listens everywhere is reached here."""
 
 
-def reachable_url(host: str, port: int) -> str:
+def reachable_url(host: str, port: int, *, tls: bool = False) -> str:
     """Return the URL at which this machine reaches a listener on `host`, an address or a name."""
     host = _THIS_MACHINE.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def address_file(data_dir: Path, part: str) -> Path:
