@@ -108,6 +108,7 @@ def test_nothing_is_left_for_later() -> None:
 
 BROAD = {
     "api/app.py": "a start or a health check that fails is reported, not a crash",
+    "api/event_stream.py": "becomes the stream's last frame",
     "api/handlers.py": "becomes InternalServerException with the request id",
     "api/s3.py": "the same, in S3's form",
     "models/fused.py": "whatever keeps torch from compiling a function, the plain one runs",

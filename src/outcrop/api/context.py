@@ -6,10 +6,11 @@ here and from nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 from sqlalchemy import Connection, Engine
@@ -76,12 +77,36 @@ class RequestContext:
         return f"arn:aws:bedrock:{self.region}:{self.account}:{resource_type}/{resource_id}"
 
 
+StreamEvent: TypeAlias = tuple[str, Mapping[str, Any]]
+"""An event of an output stream: its name in the service model, and its members."""
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """An answer that is sent while it is made, from its first event on.
+
+    The first is there already: what refuses a request before it is an error of the request. Who
+    takes one closes `rest`.
+    """
+
+    first: StreamEvent
+    rest: AsyncGenerator[StreamEvent, None]
+
+
 @dataclass(frozen=True)
 class Output:
-    """What an operation answers where its members are not all: headers that no model names."""
+    """What an operation answers where its members are not all."""
 
     members: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
+    """Those that no model names."""
+    stream: EventStream | None = None
+    """Where the model has an event stream."""
+
+
+async def begun(events: AsyncGenerator[StreamEvent, None]) -> EventStream:
+    """Return a stream whose first event has come. Raises as the events do."""
+    return EventStream(await anext(events), events)
 
 
 @lru_cache(maxsize=1)

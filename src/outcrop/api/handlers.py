@@ -13,7 +13,7 @@ import inspect
 import logging
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
@@ -25,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.requests import ClientDisconnect, Request
 
 from outcrop.api.context import RequestContext, Services
+from outcrop.api.event_stream import StreamReply
 from outcrop.api.operations import OPERATIONS, AsyncOperation, Operation, SyncOperation
 from outcrop.api.signed import signed_request
 from outcrop.errors import (
@@ -35,7 +36,8 @@ from outcrop.errors import (
     ServiceUnavailableException,
     ValidationException,
 )
-from outcrop.identity.principals import authenticate
+from outcrop.identity.api_keys import authenticate_api_key, bearer_key
+from outcrop.identity.principals import Principal, authenticate
 from outcrop.wire import parse, route, serialize, sigv4, validate
 from outcrop.wire.model import service_model
 from outcrop.wire.serialize import HttpReply
@@ -87,7 +89,7 @@ class Trace:
     caller: str = "-"
 
 
-async def answer(request: Request, services: Services, request_id: str) -> HttpReply:
+async def answer(request: Request, services: Services, request_id: str) -> HttpReply | StreamReply:
     """Answer a request that is signed for Bedrock, STS or our own operations.
 
     Whatever goes wrong becomes an error in the caller's protocol: a user's mistake with its
@@ -96,42 +98,59 @@ async def answer(request: Request, services: Services, request_id: str) -> HttpR
     """
     started = time.perf_counter()
     trace = Trace(request_id)
+
+    def log(ending: str) -> None:
+        logger.info(
+            "%s %s %s %s %.1f ms",
+            request_id,
+            trace.model.name if trace.model else f"{request.method} {request.url.path}",
+            ending,
+            trace.caller,
+            1000 * (time.perf_counter() - started),
+        )
+
+    def explain(error: Exception) -> ApiError:
+        logger.error("%s failed", request_id, exc_info=error)
+        return our_fault(error, request_id)
+
+    reply: HttpReply | StreamReply
     try:
-        body = await _read_body(request, services.settings.max_body_bytes)
-        reply = await _call(request, services, body, trace)
+        body = await read_body(request, services.settings.max_body_bytes)
+        reply = await _call(request, services, body, trace, explain, log)
     except ApiError as error:
         reply = serialize.serialize_error(trace.service, error, request_id, trace.model)
     except ClientDisconnect:
         reply = HttpReply(499)  # for the log: nobody reads it. Source: nginx's own status for it
     except Exception as error:
-        logger.exception("%s failed", request_id)
-        reply = serialize.serialize_error(
-            trace.service, _our_fault(error, request_id), request_id, trace.model
-        )
-    logger.info(
-        "%s %s %d %s %.1f ms",
-        request_id,
-        trace.model.name if trace.model else f"{request.method} {request.url.path}",
-        reply.status,
-        trace.caller,
-        1000 * (time.perf_counter() - started),
-    )
+        reply = serialize.serialize_error(trace.service, explain(error), request_id, trace.model)
+    if isinstance(reply, HttpReply):  # a stream is logged at its end
+        log(str(reply.status))
     return reply
 
 
-async def _call(request: Request, services: Services, body: bytes, trace: Trace) -> HttpReply:
+async def _call(
+    request: Request,
+    services: Services,
+    body: bytes,
+    trace: Trace,
+    explain: Callable[[Exception], ApiError],
+    log: Callable[[str], None],
+) -> HttpReply | StreamReply:
     signed = signed_request(request)
     # One hand-over to a thread for all that reads the database: each costs a part of a millisecond.
     done = await anyio.to_thread.run_sync(_run, services, signed, body, trace)
     if isinstance(done, HttpReply):
         return done
-    output = await _while_connected(request, done.function(done.context, done.params))
-    return serialize.serialize_output(
+    output = await while_connected(request, done.function(done.context, done.params))
+    head = serialize.serialize_output(
         done.model, output.members, trace.request_id, extra_headers=output.headers
     )
+    if output.stream is None:
+        return head
+    return StreamReply(head, done.model, output.stream, explain, log)
 
 
-async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
+async def while_connected(request: Request, answer: Awaitable[T]) -> T:
     """Wait for an answer that takes long, and give it up when the client goes away.
 
     botocore's clients do after 60 s, and ask again.
@@ -169,34 +188,33 @@ def _run(
 def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trace) -> Call:
     """Authenticate, route, parse and validate; runs in a thread, because it reads the database."""
     headers = dict(signed.headers)
-    if headers.get("authorization", "").startswith("Bearer "):
-        raise AccessDeniedException(
-            "Authentication failed: API keys are not offered yet. Sign the request with an "
-            "access key."
-        )
-    signature = sigv4.read_signature(signed)
-    if signature is None:
+    key = bearer_key(headers.get("authorization", ""))
+    signature = sigv4.read_signature(signed) if key is None else None
+    if key is not None:
+        signed_for, principal = "bedrock", _authenticate_key(services, key)
+    elif signature is not None:
+        trace.service = signed_for = signature.service
+        principal = _authenticate(services, signed, signature, body)
+    else:
         raise ApiError(
             "Request is missing Authentication Token",
             code="MissingAuthenticationTokenException",
             http_status=403,
         )
-    trace.service = signature.service
-    principal = _authenticate(services, signed, signature, body)
     trace.caller = principal.arn
 
-    if signature.service == "sts":
+    if signed_for == "sts":
         trace.model, params = parse.parse_query_request(
             service_model("sts"), body, query=signed.raw_query
         )
         service = "sts"
-    elif signature.service == "bedrock":
+    elif signed_for == "bedrock":
         found = route.match(signed.method, signed.raw_path)
         trace.model, service = found.operation, found.service
         trace.service = service
     else:
         raise ApiError(
-            f"The service {signature.service} is not offered here.",
+            f"The service {signed_for} is not offered here.",
             code="NotImplemented",
             http_status=501,
         )
@@ -244,9 +262,21 @@ def _as_modelled(params: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
+def _authenticate_key(services: Services, key: str) -> Principal:
+    """Return who holds an API key. Source of the text: the live service's answer."""
+    with services.engine.connect() as connection:
+        principal = authenticate_api_key(connection, key)
+    if principal is None:
+        raise AccessDeniedException(
+            "Authentication failed: Please make sure your API Key is valid. `outcrop env --bearer` "
+            "prints the one that the first start made."
+        )
+    return principal
+
+
 def _authenticate(
     services: Services, signed: SignedRequest, signature: Signature, body: bytes
-) -> Any:
+) -> Principal:
     with services.engine.connect() as connection:
         found = authenticate(connection, signature.access_key_id)
     if found is None:
@@ -273,7 +303,13 @@ def _authenticate(
     return principal
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return a request's body.
+
+    Raises:
+        ValidationException: it has more than `limit` bytes.
+        ClientDisconnect: the client went away before it had sent it all.
+    """
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -286,7 +322,8 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _our_fault(error: Exception, request_id: str) -> ApiError:
+def our_fault(error: Exception, request_id: str) -> ApiError:
+    """Return what the client is told of a failure that is not its own."""
     if isinstance(error, ObjectStoreError) and error.code == "ServiceUnavailable":
         return ServiceUnavailableException("The object store does not answer. Try again.")
     if isinstance(error, OperationalError) and "full" in str(error.orig).lower():

@@ -7,11 +7,13 @@ from typing import Any
 
 from outcrop.api import (
     base_models,
+    converse,
     custom_models,
     customization_jobs,
     identity,
     progress,
     runtime,
+    streaming,
     tags,
     throughputs,
 )
@@ -42,7 +44,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("bedrock", "UntagResource"): tags.untag_resource,
     ("bedrock", "ListTagsForResource"): tags.list_tags_for_resource,
     ("bedrock-runtime", "InvokeModel"): runtime.invoke_model,
-    ("bedrock-runtime", "CountTokens"): runtime.count_tokens,
+    ("bedrock-runtime", "InvokeModelWithResponseStream"): streaming.invoke_model,
+    ("bedrock-runtime", "Converse"): converse.converse,
+    ("bedrock-runtime", "ConverseStream"): converse.converse_stream,
+    ("bedrock-runtime", "CountTokens"): converse.count_tokens,
     ("sts", "GetCallerIdentity"): identity.get_caller_identity,
     ("outcrop", "GetJobProgress"): progress.get_job_progress,
     ("outcrop", "GetJobMetrics"): progress.get_job_metrics,

@@ -1,8 +1,8 @@
-"""InvokeModel and CountTokens: from a model id and a native body to the model server and back.
+"""InvokeModel: from a model id and a native body to the model server and back.
 
 Resolves the id (base model, provisioned throughput), asks for its model server, waits for it
 where it has to be loaded, and passes the request on. Weights and tokens are the server's
-business.
+business. Streams (streaming.py) and Converse (converse.py) take the same way.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 
 from outcrop.api.context import Output, RequestContext
 from outcrop.errors import (
+    ApiError,
     ModelErrorException,
     ModelNotReadyException,
     ModelTimeoutException,
@@ -35,6 +36,9 @@ from outcrop.serve.request import Generation, GenerationRequest, TokenEvent
 from outcrop.store import models, servers, throughputs
 from outcrop.store.database import transaction
 from outcrop.store.rows import ProvisionedModel
+from outcrop.wire.document import read_json
+from outcrop.wire.model import service_model
+from outcrop.wire.validate import validate
 
 FIRST_LOOK_SECONDS = 0.02
 LONGEST_LOOK_SECONDS = 0.25
@@ -45,6 +49,8 @@ RETRY_SECONDS = 10.0
 """After a model server could not be started, requests are refused for so long before it is
 tried again.
 """
+
+GUARDRAILS = "Guardrails are not offered by this service."
 
 T = TypeVar("T")
 
@@ -68,31 +74,31 @@ async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Outpu
     """
     started = time.perf_counter()
     target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], "InvokeModel")
-    _refuse_what_is_not_offered(params)
+    refuse_what_is_not_offered(context, params)
     native = parse_body(target.base, params.get("body", b""))
     generations = await generate(context, target, native)
     body = format_body(target.base, native, generations)
     return Output(
-        {"body": body, "contentType": "application/json"},
+        {"body": body, "contentType": "application/json", **echoed(params)},
         {
-            "X-Amzn-Bedrock-Invocation-Latency": str(int(1000 * (time.perf_counter() - started))),
+            "X-Amzn-Bedrock-Invocation-Latency": str(milliseconds(started)),
             "X-Amzn-Bedrock-Input-Token-Count": str(generations[0].input_tokens),
             "X-Amzn-Bedrock-Output-Token-Count": str(sum(g.output_tokens for g in generations)),
         },
     )
 
 
-async def count_tokens(context: RequestContext, params: dict[str, Any]) -> Output:
-    """Count the tokens of an InvokeModel body, by the renderer that training and serving use."""
-    target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], "CountTokens")
-    source = params["input"]
-    if "invokeModel" not in source:
-        raise ValidationException("input.converse is not offered yet. Give input.invokeModel.")
-    native = parse_body(target.base, source["invokeModel"]["body"])
-    count = await _with_server(
-        context, target.weights, lambda client: client.count(native.messages)
-    )
-    return Output({"inputTokens": count})
+async def count(context: RequestContext, target: Target, native: NativeRequest) -> int:
+    """Return how many tokens the prompt has, by the renderer that training and serving use.
+
+    Raises as `generate`.
+    """
+    return await _with_server(context, target.weights, lambda client: client.count(native.messages))
+
+
+def milliseconds(since: float) -> int:
+    """Return the whole milliseconds since an instant of `time.perf_counter`."""
+    return int(1000 * (time.perf_counter() - since))
 
 
 async def generate(
@@ -292,9 +298,57 @@ def _too_slow(seconds: float) -> ModelTimeoutException:
     )
 
 
-def _refuse_what_is_not_offered(params: dict[str, Any]) -> None:
+def refuse_what_is_not_offered(context: RequestContext, params: dict[str, Any]) -> None:
+    """Check what InvokeModel's headers ask for, streamed or not.
+
+    Raises:
+        ValidationException: a guardrail, another media type, a latency or a tier that this service
+            does not have, or metadata that cannot be kept; the message names it.
+    """
     if params.get("guardrailIdentifier"):
-        raise ValidationException("Guardrails are not offered by this service.")
+        raise ValidationException(GUARDRAILS)
     accept = params.get("accept", "application/json")
     if accept not in ("application/json", "*/*"):
         raise ValidationException(f"accept is {accept!r}; this service answers application/json.")
+    check_ways(
+        *(context, params["modelId"]),
+        *(params.get("performanceConfigLatency"), params.get("serviceTier")),
+    )
+    if "requestMetadata" in params:
+        _check_metadata(params["requestMetadata"])
+
+
+def check_ways(
+    context: RequestContext, model_id: str, latency: str | None, tier: str | None
+) -> None:
+    """Refuse ways of serving that there are not: each answer comes as fast as it can.
+
+    Raises:
+        ValidationException: names the model, what was asked for and what there is.
+    """
+    if latency not in (None, "standard"):
+        raise ValidationException(
+            f"Latency performance configuration is not supported for {model_id} in "
+            f"{context.region}. Use standard."
+        )
+    if tier not in (None, "default"):
+        raise ValidationException(
+            f"The service tier {tier} is not supported for {model_id} in {context.region}. Use "
+            "default."
+        )
+
+
+def echoed(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the members of InvokeModel's answer that say how it was served: as asked for."""
+    names = ("performanceConfigLatency", "serviceTier")
+    return {name: params[name] for name in names if name in params}
+
+
+def _check_metadata(text: str) -> None:
+    """Check a header's JSON as Converse's member of the same name is checked."""
+    try:
+        metadata = read_json(text.encode("utf-8"))
+    except ApiError as error:
+        raise ValidationException(f"requestMetadata is not JSON: {error.message}") from None
+    shape = service_model("bedrock-runtime").operation_model("Converse").input_shape
+    validate(shape, {"modelId": "any", "requestMetadata": metadata})

@@ -15,7 +15,7 @@ from typing import Any
 
 from outcrop.data.markup import parse_prompt
 from outcrop.data.read import kind_of
-from outcrop.data.records import Document, Message, Record
+from outcrop.data.records import BETWEEN_BLOCKS, Document, Message, Record
 from outcrop.errors import DataError
 from outcrop.models.catalog import CONTINUED_PRE_TRAINING, DOCUMENTS, FINE_TUNING
 
@@ -257,7 +257,7 @@ def _blocks(value: object, where: str, place: _Place) -> str:
     if not value:
         code = "empty_system" if where == "system" else "empty_content"
         raise place.refuse(code, f"{where} is empty.")
-    return "\n\n".join(
+    return BETWEEN_BLOCKS.join(
         _block(block, f"{where}[{index}]", place) for index, block in enumerate(value)
     )
 

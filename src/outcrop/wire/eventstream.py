@@ -58,6 +58,14 @@ def event_message(operation: OperationModel, event: str, members: Mapping[str, A
     return encode_event(headers, dump_json(to_json(shape, members)))
 
 
+def lists_error(operation: OperationModel, code: str) -> bool:
+    """Say whether an error is one of those that an operation's stream can end in."""
+    return any(
+        shape.metadata.get("exception") and shape.name == code
+        for shape in _stream(operation).members.values()
+    )
+
+
 def exception_message(operation: OperationModel, error: ApiError) -> bytes:
     """Return the last frame of a stream that ends in an error.
 

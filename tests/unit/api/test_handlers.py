@@ -81,7 +81,9 @@ class Call:
     def answered(self, services: Services) -> HttpReply:
         async def bounded() -> HttpReply:
             with anyio.fail_after(30):
-                return await answer(Request(self.scope, self.receive), services, "r-1")
+                found = await answer(Request(self.scope, self.receive), services, "r-1")
+                assert isinstance(found, HttpReply)
+                return found
 
         return asyncio.run(bounded())
 

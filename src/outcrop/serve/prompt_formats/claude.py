@@ -12,9 +12,9 @@ import re
 import uuid
 from typing import Any
 
-from outcrop.data.records import Message
+from outcrop.data.records import BETWEEN_BLOCKS, Message
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats.native import NativeRequest
+from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import (
     MAX_STOP_SEQUENCES,
     Field,
@@ -61,24 +61,25 @@ def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequ
         for place, turn in enumerate(body["messages"])
     ]
     system = _text(body["system"], "#/system")
-    sampling = SamplingParams(
+    return NativeRequest(join_turns(turns, system), sampling(base, body, max_tokens))
+
+
+def sampling(base: BaseModel, body: dict[str, Any], max_tokens: int) -> SamplingParams:
+    """Return how a checked body wants tokens to be drawn."""
+    return SamplingParams(
         temperature=body["temperature"],
         top_p=body["top_p"],
         top_k=body["top_k"] or None,
         max_tokens=check_max_tokens(body["max_tokens"], max_tokens),
         stop=tuple(body["stop_sequences"]),
     )
-    return NativeRequest(join_turns(turns, system), sampling)
 
 
 def format(base: BaseModel, request: NativeRequest, generations: list[Generation]) -> Any:
     """Return the answer's body."""
     generation = generations[0]
     return {
-        "id": f"msg_bdrk_{uuid.uuid4().hex[:24]}",
-        "type": "message",
-        "role": "assistant",
-        "model": _short_id(base.model_id),
+        **_head(base),
         "content": [{"type": "text", "text": generation.text}],
         "stop_reason": REASONS[generation.finish_reason],
         "stop_sequence": generation.stop_sequence,
@@ -86,6 +87,44 @@ def format(base: BaseModel, request: NativeRequest, generations: list[Generation
             "input_tokens": generation.input_tokens,
             "output_tokens": generation.output_tokens,
         },
+    }
+
+
+def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[str, Any]]:
+    """Return a streamed answer's next chunks: events of Anthropic's stream."""
+    found: list[dict[str, Any]] = []
+    if piece.is_first:
+        message = {
+            **_head(base),
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": piece.input_tokens, "output_tokens": piece.output_tokens},
+        }
+        block = {"type": "text", "text": ""}
+        found.append({"type": "message_start", "message": message})
+        found.append({"type": "content_block_start", "index": 0, "content_block": block})
+    if piece.text:
+        delta = {"type": "text_delta", "text": piece.text}
+        found.append({"type": "content_block_delta", "index": 0, "delta": delta})
+    if piece.done is not None:
+        ended = {
+            "stop_reason": REASONS[piece.done.finish_reason],
+            "stop_sequence": piece.done.stop_sequence,
+        }
+        usage = {"output_tokens": piece.output_tokens}
+        found.append({"type": "content_block_stop", "index": 0})
+        found.append({"type": "message_delta", "delta": ended, "usage": usage})
+        found.append({"type": "message_stop"})
+    return found
+
+
+def _head(base: BaseModel) -> dict[str, Any]:
+    return {
+        "id": f"msg_bdrk_{uuid.uuid4().hex[:24]}",
+        "type": "message",
+        "role": "assistant",
+        "model": _short_id(base.model_id),
     }
 
 
@@ -101,7 +140,7 @@ def _text(content: Any, path: str) -> str:
             refuse(f"{here}: only content of type text is supported by this model")
         # A cache mark changes what a prompt costs on Bedrock, never the answer.
         blocks.append(text_of(block, here, ignored=("type", "cache_control")))
-    return "\n".join(blocks)
+    return BETWEEN_BLOCKS.join(blocks)
 
 
 def _short_id(model_id: str) -> str:

@@ -1,8 +1,9 @@
 """Cohere Command: `{"prompt": ..., "max_tokens": ..., "num_generations": ...}`.
 
-Source: user guide, "Cohere Command models". Three things are refused and said so: `logit_bias`
-(it names tokens of a vocabulary that the model behind the id does not have), likelihoods of the
-prompt (`return_likelihoods: ALL`), and `stream` where the answer comes in one piece.
+Source: user guide, "Cohere Command models". Two things are refused and said so: `logit_bias` (it
+names tokens of a vocabulary that the model behind the id does not have) and likelihoods of the
+prompt (`return_likelihoods: ALL`). A stream comes in pieces only where the body has `stream: true`;
+else it has one chunk, the whole answer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from outcrop.data.markup import parse_prompt
 from outcrop.errors import ValidationException
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats.native import NativeRequest
+from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import Field, Fields, check, check_max_tokens
 from outcrop.serve.request import FinishReason, Generation, SamplingParams, Truncate
 
@@ -41,11 +42,18 @@ FIELDS: Fields = {
 def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequest:
     """Read a body. `p` and `k` of 0 switch their cut off."""
     body = check(value, FIELDS)
-    if body["stream"]:
-        raise ValidationException(
-            "stream is true, but InvokeModel answers in one piece. Leave stream out, or set it to "
-            "false."
-        )
+    prompt = body["prompt"]
+    return NativeRequest(
+        parse_prompt("cohere", prompt),
+        sampling(base, body, max_tokens),
+        prompt,
+        num_generations=body["num_generations"],
+        in_pieces=body["stream"],
+    )
+
+
+def sampling(base: BaseModel, body: dict[str, Any], max_tokens: int) -> SamplingParams:
+    """Return how a checked body wants tokens to be drawn."""
     if body["logit_bias"]:
         raise ValidationException(
             "logit_bias is not supported: it names tokens of Cohere's vocabulary, and "
@@ -56,7 +64,7 @@ def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequ
             "return_likelihoods ALL is not supported: the likelihoods of the prompt are not "
             "computed. Use GENERATION or NONE."
         )
-    sampling = SamplingParams(
+    return SamplingParams(
         temperature=body["temperature"],
         top_p=body["p"] or 1.0,
         top_k=body["k"] or None,
@@ -64,10 +72,6 @@ def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequ
         stop=tuple(body["stop_sequences"]),
         logprobs=body["return_likelihoods"] == "GENERATION",
         truncate=TRUNCATE[body["truncate"]],
-    )
-    prompt = body["prompt"]
-    return NativeRequest(
-        parse_prompt("cohere", prompt), sampling, prompt, num_generations=body["num_generations"]
     )
 
 
@@ -82,12 +86,30 @@ def format(base: BaseModel, request: NativeRequest, generations: list[Generation
         }
         if len(generations) > 1:
             answer["index"] = index
-        if generation.logprobs is not None:
-            logprobs = [token.logprob for token in generation.logprobs]
-            # The mean, so that answers of different lengths compare.
-            answer["likelihood"] = sum(logprobs) / len(logprobs) if logprobs else 0.0
-            answer["token_likelihoods"] = [
-                {"token": token.text, "likelihood": token.logprob} for token in generation.logprobs
-            ]
-        answers.append(answer)
+        answers.append(answer | _likelihoods(generation))
     return {"generations": answers, "id": str(uuid.uuid4()), "prompt": request.prompt}
+
+
+def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[str, Any]]:
+    """Return a streamed answer's next chunks."""
+    index = {"index": piece.number} if request.num_generations > 1 else {}
+    found: list[dict[str, Any]] = []
+    if piece.text:
+        found.append({"text": piece.text, "is_finished": False, **index})
+    if piece.done is not None:
+        last = {"is_finished": True, "finish_reason": REASONS[piece.done.finish_reason], **index}
+        found.append(last | _likelihoods(piece.done))
+    return found
+
+
+def _likelihoods(generation: Generation) -> dict[str, Any]:
+    if generation.logprobs is None:
+        return {}
+    logprobs = [token.logprob for token in generation.logprobs]
+    return {
+        # The mean, so that answers of different lengths compare.
+        "likelihood": sum(logprobs) / len(logprobs) if logprobs else 0.0,
+        "token_likelihoods": [
+            {"token": token.text, "likelihood": token.logprob} for token in generation.logprobs
+        ],
+    }

@@ -9,7 +9,7 @@ from typing import Any
 
 from outcrop.data.markup import parse_prompt
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats.native import NativeRequest
+from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import Field, Fields, check, check_max_tokens
 from outcrop.serve.request import FinishReason, Generation, SamplingParams
 
@@ -25,12 +25,17 @@ FIELDS: Fields = {
 def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequest:
     """Read a body; the mark-up of Llama 2 and 3 becomes turns."""
     body = check(value, FIELDS)
-    sampling = SamplingParams(
+    prompt = body["prompt"]
+    return NativeRequest(parse_prompt("llama", prompt), sampling(base, body, max_tokens), prompt)
+
+
+def sampling(base: BaseModel, body: dict[str, Any], max_tokens: int) -> SamplingParams:
+    """Return how a checked body wants tokens to be drawn."""
+    return SamplingParams(
         temperature=body["temperature"],
         top_p=body["top_p"],
         max_tokens=check_max_tokens(body["max_gen_len"], max_tokens),
     )
-    return NativeRequest(parse_prompt("llama", body["prompt"]), sampling, body["prompt"])
 
 
 def format(base: BaseModel, request: NativeRequest, generations: list[Generation]) -> Any:
@@ -42,3 +47,15 @@ def format(base: BaseModel, request: NativeRequest, generations: list[Generation
         "generation_token_count": generation.output_tokens,
         "stop_reason": REASONS[generation.finish_reason],
     }
+
+
+def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[str, Any]]:
+    """Return a streamed answer's next chunks."""
+    return [
+        {
+            "generation": piece.text,
+            "prompt_token_count": piece.input_tokens if piece.is_first else None,
+            "generation_token_count": piece.output_tokens,
+            "stop_reason": REASONS[piece.done.finish_reason] if piece.done else None,
+        }
+    ]

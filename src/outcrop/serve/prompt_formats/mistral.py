@@ -9,7 +9,7 @@ from typing import Any
 
 from outcrop.data.markup import parse_prompt
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats.native import NativeRequest
+from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import Field, Fields, check, check_max_tokens
 from outcrop.serve.request import FinishReason, Generation, SamplingParams
 
@@ -27,14 +27,19 @@ FIELDS: Fields = {
 def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequest:
     """Read a body."""
     body = check(value, FIELDS)
-    sampling = SamplingParams(
+    prompt = body["prompt"]
+    return NativeRequest(parse_prompt("mistral", prompt), sampling(base, body, max_tokens), prompt)
+
+
+def sampling(base: BaseModel, body: dict[str, Any], max_tokens: int) -> SamplingParams:
+    """Return how a checked body wants tokens to be drawn."""
+    return SamplingParams(
         temperature=body["temperature"],
         top_p=body["top_p"],
         top_k=body["top_k"],
         max_tokens=check_max_tokens(body["max_tokens"], max_tokens),
         stop=tuple(body["stop"]),
     )
-    return NativeRequest(parse_prompt("mistral", body["prompt"]), sampling, body["prompt"])
 
 
 def format(base: BaseModel, request: NativeRequest, generations: list[Generation]) -> Any:
@@ -45,3 +50,9 @@ def format(base: BaseModel, request: NativeRequest, generations: list[Generation
             for generation in generations
         ]
     }
+
+
+def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[str, Any]]:
+    """Return a streamed answer's next chunks."""
+    reason = REASONS[piece.done.finish_reason] if piece.done else None
+    return [{"outputs": [{"text": piece.text, "stop_reason": reason}]}]

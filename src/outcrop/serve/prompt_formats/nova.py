@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from outcrop.data.records import Message
+from outcrop.data.records import BETWEEN_BLOCKS, Message
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats.native import NativeRequest
+from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import (
     MAX_STOP_SEQUENCES,
     Field,
@@ -54,25 +54,30 @@ FIELDS: Fields = {
 
 
 def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequest:
-    """Read a body. Without maxTokens the answer ends where the model's limit is.
-
-    `max_new_tokens` is the older name of maxTokens, which published samples still use.
-    """
+    """Read a body."""
     body = check(value, FIELDS)
     turns = [
         Message(turn["role"], _text(turn["content"], f"#/messages/{place}/content"))
         for place, turn in enumerate(body["messages"])
     ]
+    messages = join_turns(turns, _text(body["system"], "#/system"))
+    return NativeRequest(messages, sampling(base, body, max_tokens))
+
+
+def sampling(base: BaseModel, body: dict[str, Any], max_tokens: int) -> SamplingParams:
+    """Return how a checked body wants tokens to be drawn.
+
+    Without maxTokens the answer ends where the model's limit is. `max_new_tokens` is the older name
+    of maxTokens, which published samples still use.
+    """
     config = body["inferenceConfig"]
-    requested = config["maxTokens"] or config["max_new_tokens"]
-    sampling = SamplingParams(
+    return SamplingParams(
         temperature=config["temperature"],
         top_p=config["topP"],
         top_k=config["topK"] or None,
-        max_tokens=check_max_tokens(requested, max_tokens) if requested else None,
+        max_tokens=check_max_tokens(config["maxTokens"] or config["max_new_tokens"], max_tokens),
         stop=tuple(config["stopSequences"]),
     )
-    return NativeRequest(join_turns(turns, _text(body["system"], "#/system")), sampling)
 
 
 def format(base: BaseModel, request: NativeRequest, generations: list[Generation]) -> Any:
@@ -81,13 +86,34 @@ def format(base: BaseModel, request: NativeRequest, generations: list[Generation
     return {
         "output": {"message": {"role": "assistant", "content": [{"text": generation.text}]}},
         "stopReason": REASONS[generation.finish_reason],
-        "usage": {
-            "inputTokens": generation.input_tokens,
-            "outputTokens": generation.output_tokens,
-            "totalTokens": generation.input_tokens + generation.output_tokens,
-        },
+        "usage": _usage(generation),
+    }
+
+
+def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[str, Any]]:
+    """Return a streamed answer's next chunks, which have the names of ConverseStream's events."""
+    found: list[dict[str, Any]] = []
+    if piece.is_first:
+        found.append({"messageStart": {"role": "assistant"}})
+    if piece.text:
+        delta = {"text": piece.text}
+        found.append({"contentBlockDelta": {"delta": delta, "contentBlockIndex": 0}})
+    if piece.done is not None:
+        found.append({"contentBlockStop": {"contentBlockIndex": 0}})
+        found.append({"messageStop": {"stopReason": REASONS[piece.done.finish_reason]}})
+        found.append({"metadata": {"usage": _usage(piece.done), "metrics": {}, "trace": {}}})
+    return found
+
+
+def _usage(generation: Generation) -> dict[str, int]:
+    return {
+        "inputTokens": generation.input_tokens,
+        "outputTokens": generation.output_tokens,
+        "totalTokens": generation.input_tokens + generation.output_tokens,
     }
 
 
 def _text(blocks: list[dict[str, Any]], path: str) -> str:
-    return "\n".join(text_of(block, f"{path}/{place}") for place, block in enumerate(blocks))
+    return BETWEEN_BLOCKS.join(
+        text_of(block, f"{path}/{place}") for place, block in enumerate(blocks)
+    )

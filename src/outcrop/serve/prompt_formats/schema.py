@@ -98,9 +98,13 @@ def refuse_json(reason: str) -> NoReturn:
     raise ValidationException(f"Malformed input request, {TRY_AGAIN} {reason}")
 
 
-def check_max_tokens(requested: int, limit: int) -> int:
-    """Return `requested`, unless the model's limit is lower."""
-    if requested > limit:
+def check_max_tokens(requested: int | None, limit: int) -> int | None:
+    """Return `requested`, unless the model's limit is lower; None asks for what there is room for.
+
+    Raises:
+        ValidationException: the limit is lower.
+    """
+    if requested is not None and requested > limit:
         raise ValidationException(
             f"The maximum tokens you requested exceeds the model limit of {limit}. Try again with "
             f"a maximum tokens value that is lower than {limit}."

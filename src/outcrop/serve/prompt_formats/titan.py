@@ -10,7 +10,7 @@ from typing import Any
 
 from outcrop.data.markup import parse_prompt
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats.native import NativeRequest
+from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import (
     MAX_STOP_SEQUENCES,
     Field,
@@ -42,14 +42,18 @@ FIELDS: Fields = {
 def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequest:
     """Read a body; a prompt in `User:` / `Bot:` form becomes turns."""
     body = check(value, FIELDS)
+    return NativeRequest(parse_prompt("titan", body["inputText"]), sampling(base, body, max_tokens))
+
+
+def sampling(base: BaseModel, body: dict[str, Any], max_tokens: int) -> SamplingParams:
+    """Return how a checked body wants tokens to be drawn."""
     config = body["textGenerationConfig"]
-    sampling = SamplingParams(
+    return SamplingParams(
         temperature=config["temperature"],
         top_p=config["topP"],
         max_tokens=check_max_tokens(config["maxTokenCount"], max_tokens),
         stop=tuple(config["stopSequences"]),
     )
-    return NativeRequest(parse_prompt("titan", body["inputText"]), sampling)
 
 
 def format(base: BaseModel, request: NativeRequest, generations: list[Generation]) -> Any:
@@ -65,3 +69,17 @@ def format(base: BaseModel, request: NativeRequest, generations: list[Generation
             for generation in generations
         ],
     }
+
+
+def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[str, Any]]:
+    """Return a streamed answer's next chunks."""
+    done = piece.done
+    return [
+        {
+            "outputText": piece.text,
+            "index": piece.number,
+            "totalOutputTextTokenCount": piece.output_tokens if done else None,
+            "completionReason": REASONS[done.finish_reason] if done else None,
+            "inputTextTokenCount": piece.input_tokens if piece.is_first or done else None,
+        }
+    ]

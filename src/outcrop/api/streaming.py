@@ -1,0 +1,99 @@
+"""InvokeModelWithResponseStream: an answer in the chunks of the model's family, as it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import anyio.to_thread
+
+from outcrop.api.context import Output, RequestContext, StreamEvent, begun
+from outcrop.api.runtime import (
+    Target,
+    echoed,
+    generate,
+    milliseconds,
+    refuse_what_is_not_offered,
+    resolve,
+    stream,
+)
+from outcrop.serve.prompt_formats import FAMILIES, NativeRequest, Piece, dump, parse_body
+from outcrop.serve.request import Generation
+
+METRICS = "amazon-bedrock-invocationMetrics"
+"""The key that the last chunk has besides its family's own."""
+
+
+async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Output:
+    """Answer a request in the body format of the model's family, in pieces.
+
+    What is refused before the first piece is refused as InvokeModel refuses it.
+    """
+    started = time.perf_counter()
+    target = await anyio.to_thread.run_sync(
+        resolve, context, params["modelId"], "InvokeModelWithResponseStream"
+    )
+    refuse_what_is_not_offered(context, params)
+    native = parse_body(target.base, params.get("body", b""), streamed=True)
+    events = await begun(_chunks(context, target, native, started))
+    return Output({"contentType": "application/json", **echoed(params)}, stream=events)
+
+
+async def pieces(
+    context: RequestContext, target: Target, native: NativeRequest, number: int = 0
+) -> AsyncGenerator[Piece, None]:
+    """Yield what is new of one answer, each time there is more; the last piece has it whole.
+
+    Raises as `runtime.stream`.
+    """
+    length, is_first = 0, True
+    async with aclosing(stream(context, target, native)) as events:
+        async for event in events:
+            done = event if isinstance(event, Generation) else None
+            text = done.text[length:] if done else event.text
+            length += len(text)
+            yield Piece(text, event.input_tokens, event.output_tokens, number, is_first, done)
+            is_first = False
+
+
+async def _chunks(
+    context: RequestContext, target: Target, native: NativeRequest, started: float
+) -> AsyncGenerator[StreamEvent, None]:
+    """Yield every chunk of every answer that is wanted; the last has the invocation's metrics."""
+    family = FAMILIES[target.base.body_family]
+    if native.in_pieces is False:  # the body wants a stream of one chunk
+        generations = await generate(context, target, native)
+        body = family.format(target.base, native, generations)
+        yield _chunk(body | _metrics(generations, started, milliseconds(started)))
+        return
+    first_byte: int | None = None
+    ended: list[Generation] = []
+    for number in range(native.num_generations):
+        async with aclosing(pieces(context, target, native, number)) as found:
+            async for piece in found:
+                if first_byte is None:
+                    first_byte = milliseconds(started)
+                chunks = family.chunks(target.base, native, piece)
+                if piece.done is not None:
+                    ended.append(piece.done)
+                    if len(ended) == native.num_generations:
+                        chunks[-1] |= _metrics(ended, started, first_byte)
+                for chunk in chunks:
+                    yield _chunk(chunk)
+
+
+def _chunk(value: dict[str, Any]) -> StreamEvent:
+    return "chunk", {"bytes": dump(value)}
+
+
+def _metrics(generations: list[Generation], started: float, first_byte: int) -> dict[str, Any]:
+    return {
+        METRICS: {
+            "inputTokenCount": generations[0].input_tokens,
+            "outputTokenCount": sum(generation.output_tokens for generation in generations),
+            "invocationLatency": milliseconds(started),
+            "firstByteLatency": first_byte,
+        }
+    }

@@ -1,0 +1,204 @@
+"""A real gateway, a model server that says what a test wants, and boto3 clients of the first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import boto3
+import uvicorn
+from botocore.config import Config
+from sqlalchemy import Engine
+
+from outcrop.api.app import create_app, listen
+from outcrop.data.records import Message
+from outcrop.errors import ApiError
+from outcrop.identity import accounts
+from outcrop.identity.bootstrap import bootstrap
+from outcrop.identity.credentials import Credentials
+from outcrop.models.catalog import shipped_models
+from outcrop.serve.request import (
+    Event,
+    Generation,
+    GenerationRequest,
+    TokenEvent,
+    event_to_json,
+    messages_from_json,
+    request_from_json,
+)
+from outcrop.settings import Settings
+from outcrop.store import servers
+from outcrop.store.database import connect, migrate, transaction
+
+WEIGHTS = shipped_models()[0].weights
+ANSWER: tuple[Event, ...] = (
+    TokenEvent("Hél", 7, 1),
+    TokenEvent("lo", 7, 2),
+    Generation("Héllo you", 7, 4, "stop"),
+)
+"""Two pieces, and a last one that was held back."""
+SECONDS = 20.0
+
+
+class ScriptedModelServer:
+    """Speaks the model server's protocol at a socket; answers every request alike."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+        self.events: tuple[Event, ...] = ANSWER
+        self.ending: Literal["done", "cut", "wait"] = "done"
+        """After the events: end well, hang up, or wait for the client to go away."""
+        self.requests: list[GenerationRequest] = []
+        self.counted: list[tuple[Message, ...]] = []
+        self.was_left = threading.Event()
+        """A client went away from an answer that was not over."""
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
+        self._thread.start()
+        assert self._up.wait(SECONDS)
+
+    def script(
+        self, *events: Event, ending: Literal["done", "cut", "wait"] = "done"
+    ) -> ScriptedModelServer:
+        """Answer so from now on, and forget what was asked."""
+        self.events, self.ending = events, ending
+        self.requests.clear()
+        self.counted.clear()
+        self.was_left.clear()
+        return self
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(SECONDS)
+        self._loop.close()
+
+    async def _run(self) -> None:
+        server = await asyncio.start_unix_server(self._answer, str(self.socket))
+        async with server:
+            self._up.set()
+            await self._stop.wait()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+            body = await reader.readexactly(length)
+            if head.startswith("post /count "):
+                self.counted.append(messages_from_json(body))
+                _reply(writer, 200, json.dumps({"input_tokens": 7}).encode())
+            else:
+                self.requests.append(request_from_json(body))
+                await self._generate(reader, writer)
+            await writer.drain()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    async def _generate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.events and isinstance(self.events[0], ApiError):
+            _reply(writer, self.events[0].http_status, event_to_json(self.events[0]))
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for event in self.events:
+            line = event_to_json(event)
+            writer.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+            await writer.drain()
+        if self.ending == "done":
+            writer.write(b"0\r\n\r\n")
+        elif self.ending == "wait":
+            await reader.read()
+            self.was_left.set()
+
+
+def _reply(writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
+    head = f"HTTP/1.1 {status} x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    writer.write(head.encode() + b"\r\n\r\n" + body)
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway, its owner, and the model server of every base model that ships."""
+
+    url: str
+    settings: Settings
+    engine: Engine
+    owner: Credentials
+    model: ScriptedModelServer
+    clients: list[Any] = field(default_factory=list)
+
+    def client(self, credentials: Credentials | None = None) -> Any:
+        """Return a boto3 client of bedrock-runtime that asks once; closed with the gateway."""
+        credentials = credentials or self.owner
+        made = boto3.client(
+            "bedrock-runtime",
+            endpoint_url=self.url,
+            aws_access_key_id=credentials.access_key_id,
+            aws_secret_access_key=credentials.secret_access_key,
+            region_name=self.settings.region,
+            config=Config(retries={"total_max_attempts": 1}, read_timeout=SECONDS),
+        )
+        self.clients.append(made)
+        return made
+
+    def user(self, name: str, action: str) -> Credentials:
+        """Return the key of a new user who may do one action on everything."""
+        statement = {"Effect": "Allow", "Action": action, "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        account = self.settings.account
+        with transaction(self.engine) as connection:
+            accounts.create_user(connection, account, name)
+            accounts.put_user_policy(connection, account, name, "p", policy)
+            return accounts.create_access_key(connection, account, name)
+
+
+@contextlib.contextmanager
+def running_gateway(folder: Path, **changes: Any) -> Iterator[Gateway]:
+    """Run both for the length of a `with` block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        data_dir=folder, port=0, model_start_seconds=1, s3_endpoint_url="http://127.0.0.1:1",
+        s3_access_key_id="key", s3_secret_access_key="secret", **changes,
+    )  # fmt: skip
+    engine = connect(settings.effective_database_url)
+    migrate(engine)
+    owner = bootstrap(engine, settings)
+    model = ScriptedModelServer(folder / "model.sock")
+    with transaction(engine) as connection:
+        servers.want(connection, WEIGHTS)
+        servers.mark_starting(connection, WEIGHTS, str(model.socket))
+        servers.mark_ready(connection, WEIGHTS, 1)
+    listener = listen(settings)
+    config = uvicorn.Config(create_app(settings), log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        place = Gateway(url, settings, engine, owner, model)
+        yield place
+        for client in place.clients:
+            client.close()
+    finally:
+        server.should_exit = True
+        thread.join(SECONDS)
+        listener.close()
+        model.close()
+        engine.dispose()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must come true."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.005)
