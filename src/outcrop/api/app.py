@@ -1,8 +1,8 @@
-"""The gateway: one port for S3, Bedrock, STS and our own operations.
+"""The gateway: one port for S3, Bedrock, STS, our own operations and the OpenAI-style paths.
 
-A request goes by the service it is signed for. Our own unsigned paths (`/healthz`) win for
-requests without a signature; every other unsigned request is an anonymous S3 request, which is
-refused.
+A request goes by the service it is signed for. Our own unsigned paths (`/healthz`, `/v1`) win for
+requests without a signature; an API key is Bedrock's on every other path. Every other unsigned
+request is an anonymous S3 request, which is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio.to_thread
 import httpx
@@ -24,12 +25,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from outcrop.api import handlers
+from outcrop.api import handlers, openai
 from outcrop.api.context import Services
+from outcrop.api.event_stream import EventStreamResponse, StreamReply
 from outcrop.api.s3 import s3_request
 from outcrop.api.s3_actions import OWN_PATHS
 from outcrop.api.signed import signed_request
 from outcrop.errors import ApiError, SettingsError
+from outcrop.identity.api_keys import bearer_key
 from outcrop.identity.bootstrap import page_key
 from outcrop.ids import new_request_id
 from outcrop.models.catalog import load_catalog
@@ -97,21 +100,25 @@ async def _lifespan(
     await send({"type": "lifespan.shutdown.complete"})
 
 
-async def _respond(request: Request, services: Services) -> Response:
+async def _respond(request: Request, services: Services) -> ASGIApp:
     request_id = new_request_id()
     signed = signed_request(request)
     try:
         signature = sigv4.read_signature(signed)
     except ApiError as error:
+        if _first_part(signed.raw_path) == openai.FIRST_PART:
+            return openai.Answer(services, request_id)
         presigned = "x-amz-" in signed.raw_query.lower()
         service = "s3" if presigned or "/s3/aws4_request" in str(signed.headers) else "bedrock"
         return _response(serialize.serialize_error(service, error, request_id))
-    bearer = request.headers.get("authorization", "").startswith("Bearer ")
+    bearer = bearer_key(request.headers.get("authorization", "")) is not None
     if signature is not None:
         is_s3 = signature.service == "s3"
-    elif not bearer and _is_reserved(signed.raw_path):
+    elif _first_part(signed.raw_path) == openai.FIRST_PART:
+        return openai.Answer(services, request_id)
+    elif not bearer and _first_part(signed.raw_path) in OWN_PATHS:
         return await _own_page(request, services)
-    else:  # refused either way, in the protocol that its client most likely speaks
+    else:  # without a key refused either way, in the protocol that its client most likely speaks
         is_s3 = not bearer and not _names_operation(signed.method, signed.raw_path)
     if is_s3:
         return await s3_request(request, services, request_id)
@@ -126,8 +133,8 @@ def _names_operation(method: str, raw_path: str) -> bool:
     return True
 
 
-def _is_reserved(path: str) -> bool:
-    return path.removeprefix("/").partition("/")[0] in OWN_PATHS
+def _first_part(path: str) -> str:
+    return path.removeprefix("/").partition("/")[0]
 
 
 async def _own_page(request: Request, services: Services) -> Response:
@@ -147,7 +154,9 @@ def _database_answers(services: Services) -> bool:
         return False
 
 
-def _response(reply: serialize.HttpReply) -> Response:
+def _response(reply: serialize.HttpReply | StreamReply) -> Response:
+    if isinstance(reply, StreamReply):
+        return EventStreamResponse(reply)
     return Response(reply.body, reply.status, reply.headers)
 
 
@@ -196,10 +205,11 @@ def run_gateway(settings: Settings, on_ready: Callable[[str], None]) -> None:
     Args:
         on_ready: called with the URL once requests are answered.
     Raises:
-        SettingsError: as `listen`.
+        SettingsError: as `listen`, and as `make_tls_files`.
     """
+    certificate = _certificate(settings)
     listener = listen_again(settings) or listen(settings)
-    url = reachable_url(*listener.getsockname()[:2])
+    url = reachable_url(*listener.getsockname()[:2], tls=settings.tls)
     config = uvicorn.Config(
         create_app(settings),
         log_config=None,
@@ -208,9 +218,19 @@ def run_gateway(settings: Settings, on_ready: Callable[[str], None]) -> None:
         server_header=False,
         timeout_graceful_shutdown=3,
         timeout_keep_alive=75,
+        ssl_certfile=certificate,
     )
     server = _Server(config, lambda: on_ready(url))
     server.run(sockets=[listener])
+
+
+def _certificate(settings: Settings) -> Path | None:
+    """Return the file with key and certificate, or None for plain http."""
+    if not settings.tls:
+        return None
+    from outcrop.identity.certificates import make_tls_files  # a tenth of a second
+
+    return make_tls_files(settings).server
 
 
 class _Server(uvicorn.Server):

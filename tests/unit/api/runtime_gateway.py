@@ -135,7 +135,9 @@ class Gateway:
     model: ScriptedModelServer
     clients: list[Any] = field(default_factory=list)
 
-    def client(self, credentials: Credentials | None = None) -> Any:
+    def client(
+        self, credentials: Credentials | None = None, *, read_timeout: float = SECONDS
+    ) -> Any:
         """Return a boto3 client of bedrock-runtime that asks once; closed with the gateway."""
         credentials = credentials or self.owner
         made = boto3.client(
@@ -144,7 +146,7 @@ class Gateway:
             aws_access_key_id=credentials.access_key_id,
             aws_secret_access_key=credentials.secret_access_key,
             region_name=self.settings.region,
-            config=Config(retries={"total_max_attempts": 1}, read_timeout=SECONDS),
+            config=Config(retries={"total_max_attempts": 1}, read_timeout=read_timeout),
         )
         self.clients.append(made)
         return made
