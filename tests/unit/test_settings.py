@@ -63,6 +63,8 @@ def test_named_config_file_is_read(tmp_path: Path) -> None:
         ({"OUTCROP_S3_REGION": ""}, "s3_region must be a region's name"),
         ({"OUTCROP_DATA_DIR": ""}, "OUTCROP_DATA_DIR is empty; it must name a directory"),
         ({"OUTCROP_DATA_DIR": "~no-such-user/x"}, "whose home is not known"),
+        ({"OUTCROP_TLS": "maybe"}, "OUTCROP_TLS must be true or false, not 'maybe'"),
+        ({"OUTCROP_TLS_NAMES": "a/b"}, "tls_names must be names and addresses"),
         ({"OUTCROP_S3_ENDPOINT_URL": "http://s3"}, "s3_access_key_id and s3_secret_access_key"),
     ],
 )
@@ -92,6 +94,17 @@ def test_secrets_are_neither_printed_nor_in_the_repr(tmp_path: Path) -> None:
     shown = repr(settings) + str(describe_settings(environ, {"data_dir": tmp_path}))
     assert "canary" not in shown
     assert settings.s3_secret_access_key == "secret-canary"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("0", False)]
+)
+def test_a_switch_is_on_or_off(tmp_path: Path, text: str, value: bool) -> None:
+    assert load_settings({"OUTCROP_TLS": text}, {"data_dir": tmp_path}).tls is value
+    (tmp_path / "outcrop.toml").write_text(f"tls = {str(value).lower()}\n")
+    settings = load_settings({}, {"data_dir": tmp_path})
+    assert settings.tls is value
+    assert load_settings(child_environment(settings, {})) == settings
 
 
 def test_a_child_process_sees_exactly_the_same_settings(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def _model(context: RequestContext, identifier: str) -> dict[str, Any]:
     target = _resolve(context, identifier, "InvokeModel")
     with context.services.engine.connect() as connection:
         listed = {item["id"]: item for item in _entries(connection, context)}
-    # A context-suffixed id or an ARN of a base model is not in the list.
+    # A context-suffixed id of a base model is not in the list.
     return listed.get(target.model_id) or answers.model(identifier, 0, target.base.provider_name)
 
 

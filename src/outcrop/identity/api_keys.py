@@ -85,9 +85,9 @@ def put_api_key(connection: Connection, key: ApiKey) -> None:
     Raises:
         ResourceNotFoundException: there is no such user.
     """
-    digest = _digest(key.key)
-    if rows.api_key(connection, digest) is None:
-        rows.put_api_key(connection, key.account, key.user, key.key_id, digest)
+    known_by = digest(key.key)
+    if rows.api_key(connection, known_by) is None:
+        rows.put_api_key(connection, key.account, key.user, key.key_id, known_by)
 
 
 def disable_api_key(connection: Connection, key_id: str) -> None:
@@ -101,7 +101,7 @@ def authenticate_api_key(connection: Connection, key: str) -> Principal | None:
     Raises:
         AccessDeniedException: its user may not call with a key (`bedrock:CallWithBearerToken`).
     """
-    found = rows.api_key(connection, _digest(key)) if len(key) <= MAX_LENGTH else None
+    found = rows.api_key(connection, digest(key)) if len(key) <= MAX_LENGTH else None
     if found is None or not found.active:
         return None
     principal = user_principal(found.account, found.user_name)
@@ -118,5 +118,6 @@ def bearer_key(authorization: str) -> str | None:
     return key.strip() if scheme.lower() == "bearer" else None
 
 
-def _digest(key: str) -> str:
+def digest(key: str) -> str:
+    """Return what the database knows a key by."""
     return hashlib.sha256(key.encode()).hexdigest()

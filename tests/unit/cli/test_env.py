@@ -9,12 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from outcrop.cli.env import UNSET, client_variables, service_url, write_shell
+from outcrop.cli import main
+from outcrop.cli.env import (
+    UNSET,
+    bearer_variables,
+    client_variables,
+    service_url,
+    tls_variables,
+    write_shell,
+)
+from outcrop.identity.api_keys import ApiKey, load_or_make_api_key
 from outcrop.identity.bootstrap import Credentials
+from outcrop.identity.certificates import TlsFiles
 from outcrop.processes.address import clear_address, write_address
 from outcrop.settings import Settings
 
 CREDENTIALS = Credentials("123456789012", "owner", "AKIAEXAMPLE", "se'cr$et/+ x")
+KEY = ApiKey("123456789012", "owner", "id", "ABSK+/=")
 VARIABLES = client_variables("http://127.0.0.1:7070", CREDENTIALS, "us-east-1")
 
 
@@ -99,3 +110,71 @@ def test_the_address_of_a_killed_service_is_not_taken_for_a_running_one(data_dir
 )
 def test_the_url_is_one_that_this_machine_reaches(data_dir: Path, host: str, url: str) -> None:
     assert service_url(Settings(data_dir=data_dir, host=host), None) == url
+
+
+def test_over_https_the_api_key_is_for_every_client() -> None:
+    assert bearer_variables("https://127.0.0.1:7070", KEY) == {
+        "AWS_BEARER_TOKEN_BEDROCK": "ABSK+/=",
+        "OPENAI_API_KEY": "ABSK+/=",
+        "OPENAI_BASE_URL": "https://127.0.0.1:7070/v1",
+    }
+
+
+def test_over_plain_http_the_api_key_is_for_openais_clients_only() -> None:
+    # botocore fails with the variable set, because it sends no key over plain http.
+    found = bearer_variables("http://127.0.0.1:7070", KEY)
+    assert found["AWS_BEARER_TOKEN_BEDROCK"] is None
+    assert found["OPENAI_API_KEY"] == "ABSK+/="
+
+
+def test_the_authority_is_for_aws_clients_and_the_bundle_for_all_others() -> None:
+    files = TlsFiles(Path("server.pem"), Path("ca.crt"), Path("bundle.pem"))
+    assert tls_variables(files, bearer=False) == {"AWS_CA_BUNDLE": "ca.crt"}
+    assert tls_variables(files, bearer=True) == {
+        "AWS_CA_BUNDLE": "ca.crt",
+        "SSL_CERT_FILE": "bundle.pem",
+        "REQUESTS_CA_BUNDLE": "bundle.pem",
+    }
+
+
+def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str | None]:
+    assert main(["env", "--shell", "json", *arguments]) == 0
+    found: dict[str, str | None] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_env_works_before_the_service_was_ever_started(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ("--data-dir", str(data_dir))
+    key = load_or_make_api_key(Settings(data_dir=data_dir)).key
+    plain = _printed(capsys, *place)
+    assert plain["AWS_ENDPOINT_URL"] == "http://127.0.0.1:7070"
+    assert "OPENAI_API_KEY" not in plain
+    assert "AWS_CA_BUNDLE" not in plain
+    safe = _printed(capsys, *place, "--tls", "--bearer")
+    assert safe["AWS_ENDPOINT_URL"] == "https://127.0.0.1:7070"
+    assert safe["AWS_BEARER_TOKEN_BEDROCK"] == safe["OPENAI_API_KEY"] == key
+    assert safe["OPENAI_BASE_URL"] == "https://127.0.0.1:7070/v1"
+    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        path = safe[name]
+        assert path is not None
+        assert Path(path).exists()
+
+
+def test_env_says_why_aws_clients_do_not_get_the_key_over_plain_http(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["env", "--bearer", "--data-dir", str(data_dir)]) == 0
+    printed = capsys.readouterr()
+    assert "unset AWS_BEARER_TOKEN_BEDROCK" in printed.out
+    assert "export OPENAI_API_KEY=ABSK" in printed.out
+    assert "outcrop serve --tls" in printed.err
+
+
+def test_a_running_service_says_itself_whether_it_speaks_https(data_dir: Path) -> None:
+    settings = Settings(data_dir=data_dir)
+    write_address(data_dir, "gateway", "https://127.0.0.1:41234", os.getpid())
+    assert service_url(settings, None) == "https://127.0.0.1:41234"
+    assert service_url(settings, 41234) == "https://127.0.0.1:41234"
+    assert service_url(settings, 5) == "http://127.0.0.1:5"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import stat
@@ -11,10 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from outcrop.errors import SettingsError, StoreError
 from outcrop.identity import accounts
+from outcrop.identity.api_keys import (
+    api_key_file,
+    authenticate_api_key,
+    disable_api_key,
+    load_or_make_api_key,
+    new_api_key,
+)
 from outcrop.identity.authorize import assume_role_for_service, authorize
 from outcrop.identity.bootstrap import bootstrap
 from outcrop.identity.credentials import (
@@ -26,6 +35,7 @@ from outcrop.identity.credentials import (
 from outcrop.identity.principals import authenticate
 from outcrop.settings import Settings
 from outcrop.store import identity as rows
+from outcrop.store import tables
 from outcrop.store.database import connect, migrate, transaction
 
 
@@ -67,6 +77,80 @@ def test_secrets_are_for_their_owner_only(data_dir: Path) -> None:
     assert stat.S_IMODE(settings.data_dir.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in secrets.iterdir()} == {0o600}
     assert sorted(file.name for file in secrets.iterdir()) == ["credentials.json", "page-key"]
+
+
+def test_the_first_start_makes_an_api_key_that_the_database_knows_by_its_digest_only(
+    engine: Engine, settings: Settings
+) -> None:
+    bootstrap(engine, settings)
+    key = load_or_make_api_key(settings)
+    assert stat.S_IMODE(api_key_file(settings).stat().st_mode) == 0o600
+    assert key.key not in repr(key)
+    with engine.connect() as connection:
+        principal = authenticate_api_key(connection, key.key)
+        assert principal is not None
+        assert principal.arn == "arn:aws:iam::123456789012:user/owner"
+        assert authenticate_api_key(connection, key.key[:-1]) is None
+    assert key.key.encode() not in (settings.data_dir / "outcrop.sqlite3").read_bytes()
+
+
+def test_an_installation_from_before_api_keys_gets_one(engine: Engine, settings: Settings) -> None:
+    first = bootstrap(engine, settings)
+    api_key_file(settings).unlink()
+    with transaction(engine) as connection:
+        connection.execute(sa.delete(tables.api_key))
+    assert bootstrap(engine, settings) == first
+    with engine.connect() as connection:
+        assert authenticate_api_key(connection, load_or_make_api_key(settings).key) is not None
+
+
+def test_a_disabled_api_key_stays_disabled(engine: Engine, settings: Settings) -> None:
+    bootstrap(engine, settings)
+    key = load_or_make_api_key(settings)
+    with transaction(engine) as connection:
+        disable_api_key(connection, key.key_id)
+    bootstrap(engine, settings)
+    with engine.connect() as connection:
+        assert authenticate_api_key(connection, key.key) is None
+
+
+def test_an_api_key_goes_with_its_user(engine: Engine, settings: Settings) -> None:
+    bootstrap(engine, settings)
+    key = load_or_make_api_key(settings)
+    with transaction(engine) as connection:
+        accounts.create_user(connection, settings.account, "other")
+        accounts.delete_user(connection, settings.account, "owner")
+    with engine.connect() as connection:
+        assert authenticate_api_key(connection, key.key) is None
+
+
+def test_an_api_key_of_another_account_is_refused(engine: Engine, settings: Settings) -> None:
+    load_or_make_api_key(replace(settings, account="210987654321"))
+    with pytest.raises(SettingsError, match=r"api-key\.json is of account 210987654321"):
+        bootstrap(engine, settings)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"account": "1"}'])
+def test_an_api_key_file_that_was_damaged_is_named(settings: Settings, content: str) -> None:
+    load_or_make_api_key(settings)
+    api_key_file(settings).write_text(content)
+    with pytest.raises(SettingsError, match=r"api-key\.json cannot be read"):
+        load_or_make_api_key(settings)
+
+
+def test_two_processes_that_make_the_api_key_at_once_end_up_with_one(settings: Settings) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        keys = set(pool.map(lambda _: load_or_make_api_key(settings).key, range(8)))
+    assert len(keys) == 1
+
+
+def test_an_api_key_has_bedrocks_form() -> None:
+    key = new_api_key("123456789012", "owner")
+    assert key.key.startswith("ABSKQmVkcm9ja0FQSUtleS")
+    name, _, secret = base64.b64decode(key.key.removeprefix("ABSK")).decode().partition(":")
+    assert name == key.key_id
+    assert re.fullmatch(r"BedrockAPIKey-[0-9a-f]{8}-at-123456789012", name)
+    assert len(base64.b64decode(secret)) == 32
 
 
 def test_later_starts_change_nothing(engine: Engine, settings: Settings) -> None:
