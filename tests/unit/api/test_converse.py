@@ -108,7 +108,7 @@ def test_stop_reasons_are_converses(gateway: Gateway, generation: Generation, re
 
 def test_what_the_model_is_asked_is_what_its_own_body_asks(gateway: Gateway) -> None:
     config = {"maxTokens": 9, "temperature": 0.5, "topP": 0.25, "stopSequences": ["Q:"]}
-    asked = {
+    asked: dict[str, Any] = {
         "system": [{"text": "Be brief."}],
         "inferenceConfig": config,
         "additionalModelRequestFields": {"top_k": 5},
@@ -133,7 +133,7 @@ def test_what_the_model_is_asked_is_what_its_own_body_asks(gateway: Gateway) -> 
 
 def test_fields_of_the_models_own_answer_come_where_they_are_asked_for(gateway: Gateway) -> None:
     gateway.model.script(Generation("Hi", 7, 4, "stop_sequence", "Q:"))
-    asked = {"additionalModelResponseFieldPaths": ["/stop_sequence", "/absent"]}
+    asked: dict[str, Any] = {"additionalModelResponseFieldPaths": ["/stop_sequence", "/absent"]}
     fields = {"stop_sequence": "Q:"}
     assert converse(gateway, **asked)["additionalModelResponseFields"] == fields
     stop = {"stopReason": "stop_sequence", "additionalModelResponseFields": fields}
@@ -141,8 +141,11 @@ def test_fields_of_the_models_own_answer_come_where_they_are_asked_for(gateway: 
 
 
 def test_metadata_latency_and_tier_that_are_usual_are_taken_and_told(gateway: Gateway) -> None:
-    usual = {"performanceConfig": {"latency": "standard"}, "serviceTier": {"type": "default"}}
-    asked = {"requestMetadata": {"team": "a"}, **usual}
+    usual: dict[str, Any] = {
+        "performanceConfig": {"latency": "standard"},
+        "serviceTier": {"type": "default"},
+    }
+    asked: dict[str, Any] = {"requestMetadata": {"team": "a"}, **usual}
     assert converse(gateway, **asked).items() >= usual.items()
     assert events(gateway, **asked)[-1]["metadata"].items() >= usual.items()
 
@@ -269,7 +272,7 @@ def test_converse_needs_invokemodel_and_its_stream_the_streams_action(gateway: G
 
 def test_a_conversation_is_counted_as_it_would_be_rendered(gateway: Gateway) -> None:
     client = gateway.client()
-    spoken = {"messages": TURNS, "system": [{"text": "Be brief."}]}
+    spoken: dict[str, Any] = {"messages": TURNS, "system": [{"text": "Be brief."}]}
     found = client.count_tokens(modelId=CLAUDE, input={"converse": spoken})
     assert found["inputTokens"] == 7
     converse(gateway, **spoken)
