@@ -110,6 +110,7 @@ BROAD = {
     "api/app.py": "a start or a health check that fails is reported, not a crash",
     "api/event_stream.py": "becomes the stream's last frame",
     "api/handlers.py": "becomes InternalServerException with the request id",
+    "api/openai.py": "the same, in OpenAI's form",
     "api/s3.py": "the same, in S3's form",
     "models/fused.py": "whatever keeps torch from compiling a function, the plain one runs",
     "serve/engine.py": "one request fails as ModelErrorException, the others go on",

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 import openai
 import pytest
+import sqlalchemy as sa
 from tests.unit.api.runtime_gateway import ANSWER, SECONDS, WEIGHTS, Gateway, running_gateway
 from tests.unit.store.build import ACCOUNT, REGION, new_model, new_throughput
 
@@ -25,7 +26,7 @@ from outcrop.errors import (
 )
 from outcrop.identity import accounts, api_keys
 from outcrop.serve.request import Generation, TokenEvent, TokenLogprob
-from outcrop.store import models, throughputs
+from outcrop.store import identity, models, throughputs
 from outcrop.store.database import transaction
 
 LLAMA = "meta.llama3-8b-instruct-v1:0"
@@ -407,7 +408,7 @@ def test_a_model_that_cannot_be_asked_is_not_found(gateway: Gateway, client: ope
 def test_without_a_key_that_is_known_nothing_is_answered(
     gateway: Gateway, key: str | None, path: str
 ) -> None:
-    headers = {} if key is None else {"authorization": f"Bearer {key}".encode()}
+    headers = {} if key is None else {b"authorization": f"Bearer {key}".encode()}
     with httpx.Client(trust_env=False, timeout=SECONDS) as http:
         answer = http.post(f"{gateway.url}{path}", headers=headers, json=CHAT)
     assert answer.status_code == 401
@@ -429,7 +430,7 @@ def test_a_disabled_key_opens_nothing(gateway: Gateway) -> None:
     key = _user(gateway, "gone", _allow("*"))
     assert _post(gateway, "/v1/models", b"", key, "GET").status_code == 200
     with transaction(gateway.engine) as connection:
-        found = api_keys.rows.api_key(connection, api_keys.digest(key))
+        found = identity.api_key(connection, api_keys.digest(key))
         assert found is not None
         api_keys.disable_api_key(connection, found.key_id)
     assert _post(gateway, "/v1/models", b"", key, "GET").status_code == 401
@@ -645,6 +646,18 @@ def test_an_error_of_the_model_has_the_status_that_openais_client_understands(
     assert answer.status_code == status
     assert answer.json()["error"]["message"] == error.message
     assert answer.headers.get(header[0]) == header[1]
+
+
+def test_a_fault_of_ours_names_the_request_and_not_the_cause(tmp_path: Path) -> None:
+    with running_gateway(tmp_path / "data") as broken:
+        key = api_keys.load_or_make_api_key(broken.settings).key
+        with transaction(broken.engine) as connection:
+            connection.execute(sa.text("DROP TABLE throughput"))
+        answer = _post(broken, "/v1/models", b"", key, "GET")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (500, "server_error")
+    assert answer.headers["x-request-id"] in error["message"]
+    assert "throughput" not in answer.text
 
 
 def test_a_path_of_a_model_is_read_as_it_was_sent(gateway: Gateway, key: str) -> None:
