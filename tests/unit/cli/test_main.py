@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from outcrop.cli import EXIT_ERROR, main, parser
+from outcrop.cli import EXIT_ERROR, commands, main, parser
+from outcrop.settings import load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +92,12 @@ def test_the_data_directory_may_be_given_to_a_command_and_to_its_verb(arguments:
 def test_without_a_data_directory_there_is_none() -> None:
     options: argparse.Namespace = parser().parse_args(["models", "show"])
     assert not hasattr(options, "data_dir")
+
+
+@pytest.mark.parametrize("command", ["serve", "gateway", "env"])
+def test_the_flag_turns_tls_on_and_without_it_the_setting_decides(command: str) -> None:
+    given = commands._overrides(parser().parse_args([command, "--tls"]))
+    absent = commands._overrides(parser().parse_args([command]))
+    assert load_settings({}, given).tls
+    assert not load_settings({}, absent).tls
+    assert load_settings({"OUTCROP_TLS": "1"}, absent).tls
