@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from outcrop.api.context import EventStream
-from outcrop.errors import ApiError, ModelStreamErrorException
+from outcrop.errors import ApiError, ModelStreamErrorException, ServiceUnavailableException
 from outcrop.wire.eventstream import event_message, exception_message, lists_error
 from outcrop.wire.serialize import HttpReply
 
@@ -33,14 +33,15 @@ class StreamReply:
     ended: Callable[[str], None]
     """Called once at the end, with how it ended: `200`, `200 <code of the error>`, or 499."""
 
-    @property
-    def status(self) -> int:
-        """The status of its head."""
-        return self.head.status
+    def cut_short(self) -> bytes:
+        """Return the last frame of a stream that this gateway cannot finish, because it ends."""
+        return exception_message(
+            self.operation, ServiceUnavailableException("The service is ending. Ask again.")
+        )
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Yield the frames; an error is the last one."""
-        ending = "499"  # for the log: nobody reads it. Source: nginx's own status for it
+        ending = "499"  # for the log: cut short. Source: nginx's own status for it
         try:
             async with aclosing(self.stream.rest):
                 try:
@@ -77,25 +78,36 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:
+            is_gone = anyio.Event()
 
             async def watch() -> None:
                 while (await receive())["type"] != "http.disconnect":
                     pass
+                is_gone.set()
                 group.cancel_scope.cancel()
 
-            # Begun before anything can cancel it, so that it closes what it holds.
-            async with aclosing(self._reply.frames()) as frames:
-                frame = await anext(frames)
-                group.start_soon(watch)
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": self.status_code,
-                        "headers": self.raw_headers,
-                    }
-                )
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-                async for frame in frames:
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            try:
+                await self._send(send, lambda: group.start_soon(watch))
+            except anyio.get_cancelled_exc_class():
+                if not is_gone.is_set():
+                    with anyio.CancelScope(shield=True):
+                        await _send_body(send, self._reply.cut_short())
+                        await _send_body(send, b"", more=False)
+                raise
             group.cancel_scope.cancel()
+
+    async def _send(self, send: Send, watch: Callable[[], object]) -> None:
+        # Begun before anything can cancel it, so that it closes what it holds.
+        async with aclosing(self._reply.frames()) as frames:
+            frame = await anext(frames)
+            watch()
+            head = {"status": self.status_code, "headers": self.raw_headers}
+            await send({"type": "http.response.start", **head})
+            await _send_body(send, frame)
+            async for frame in frames:
+                await _send_body(send, frame)
+        await _send_body(send, b"", more=False)
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})

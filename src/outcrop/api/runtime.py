@@ -125,7 +125,8 @@ async def stream(
     """Yield one answer as the model server makes it; the last event is the Generation.
 
     What is refused is refused before the first event. Closing the generator early
-    (`contextlib.aclosing`) cancels the request in the model server.
+    (`contextlib.aclosing`) cancels the request in the model server. Time that its reader takes
+    between events does not count as the model's.
 
     Raises:
         ApiError: as `generate`, and as the model server refuses the request; after the first
@@ -137,20 +138,22 @@ async def stream(
     async def begin(
         client: ModelClient,
     ) -> tuple[AsyncGenerator[TokenEvent | Generation, None], TokenEvent | Generation, float]:
-        ends = time.monotonic() + seconds
+        started = time.monotonic()
         events = client.stream(request)
-        return events, await anext(events), ends
+        return events, await anext(events), seconds - (time.monotonic() - started)
 
-    events, event, ends = await _with_server(context, target.weights, begin)
+    events, event, left = await _with_server(context, target.weights, begin)
     async with aclosing(events):
         yield event
         while not isinstance(event, Generation):
             # Around each event, not around all: a cancel scope may not lie across a yield.
+            asked = time.monotonic()
             try:
-                with anyio.fail_after(max(0.0, ends - time.monotonic())):
+                with anyio.fail_after(max(0.0, left)):
                     event = await anext(events)
             except TimeoutError:
                 raise _too_slow(seconds) from None
+            left -= time.monotonic() - asked
             yield event
 
 

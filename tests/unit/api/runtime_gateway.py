@@ -133,6 +133,7 @@ class Gateway:
     engine: Engine
     owner: Credentials
     model: ScriptedModelServer
+    server: uvicorn.Server
     clients: list[Any] = field(default_factory=list)
 
     def client(
@@ -179,14 +180,16 @@ def running_gateway(folder: Path, **changes: Any) -> Iterator[Gateway]:
         servers.mark_starting(connection, WEIGHTS, str(model.socket))
         servers.mark_ready(connection, WEIGHTS, 1)
     listener = listen(settings)
-    config = uvicorn.Config(create_app(settings), log_config=None, lifespan="on")
+    config = uvicorn.Config(
+        create_app(settings), log_config=None, lifespan="on", timeout_graceful_shutdown=0
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         wait_until(lambda: server.started)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        place = Gateway(url, settings, engine, owner, model)
+        place = Gateway(url, settings, engine, owner, model, server)
         yield place
         for client in place.clients:
             client.close()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import aclosing, closing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError, EventStreamError
+from botocore.exceptions import ClientError, EventStreamError, ReadTimeoutError
+from tests.unit.api.conftest import Context
 from tests.unit.api.runtime_gateway import ANSWER, WEIGHTS, Gateway, running_gateway, wait_until
 from tests.unit.store.build import new_throughput
 
+from outcrop.api import runtime
+from outcrop.api.context import Services
+from outcrop.data.records import Message
 from outcrop.errors import (
     ApiError,
     ModelErrorException,
@@ -21,8 +27,9 @@ from outcrop.errors import (
     ThrottlingException,
     ValidationException,
 )
-from outcrop.serve.request import Generation, TokenEvent, TokenLogprob
-from outcrop.store import throughputs
+from outcrop.serve.prompt_formats import NativeRequest
+from outcrop.serve.request import Generation, SamplingParams, TokenEvent, TokenLogprob
+from outcrop.store import servers, throughputs
 from outcrop.store.database import transaction
 
 TITAN = "amazon.titan-text-express-v1"
@@ -434,6 +441,56 @@ def test_a_client_that_goes_away_in_mid_stream_cancels_the_request(
     answer["body"].close()
     assert gateway.model.was_left.wait(10)
     wait_until(lambda: "InvokeModelWithResponseStream 499" in caplog.text)
+
+
+def test_a_client_that_goes_away_before_the_first_piece_cancels_the_request(
+    gateway: Gateway,
+) -> None:
+    gateway.model.script(ending="wait")
+    hasty = gateway.client(read_timeout=0.3)
+    with pytest.raises(ReadTimeoutError):
+        hasty.invoke_model_with_response_stream(modelId=LLAMA, body=b'{"prompt": "Hi"}')
+    assert gateway.model.was_left.wait(10)
+
+
+def test_a_gateway_that_ends_tells_its_streams_so(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    with running_gateway(tmp_path_factory.mktemp("ending")) as place:
+        place.model.script(ANSWER[0], ending="wait")
+        answer = ask(place, LLAMA, {"prompt": "Hi"})
+        with closing(answer["body"]) as body:
+            events = iter(body)
+            assert next(events)["chunk"]
+            place.server.should_exit = True
+            with pytest.raises(EventStreamError, match="The service is ending") as caught:
+                next(events)
+        assert caught.value.response["Error"]["Code"] == "serviceUnavailableException"
+        assert place.model.was_left.wait(10)
+
+
+def test_time_that_a_slow_reader_takes_is_not_the_models(
+    gateway: Gateway, context: Context, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with transaction(services.engine) as connection:
+        servers.want(connection, WEIGHTS)
+        servers.mark_starting(connection, WEIGHTS, str(gateway.model.socket))
+        servers.mark_ready(connection, WEIGHTS, 1)
+    clock = [0.0]
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    caller = context("InvokeModel")
+    target = runtime.resolve(caller, LLAMA, "InvokeModel")
+    native = NativeRequest((Message("user", "Hi"),), SamplingParams())
+
+    async def read() -> list[object]:
+        found: list[object] = []
+        async with aclosing(runtime.stream(caller, target, native)) as events:
+            async for event in events:
+                found.append(event)
+                clock[0] += 10 * services.settings.invoke_timeout_seconds
+        return found
+
+    assert asyncio.run(read()) == list(ANSWER)
 
 
 def test_a_prompt_is_in_no_log(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:

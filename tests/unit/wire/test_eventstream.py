@@ -16,6 +16,7 @@ from outcrop.wire.eventstream import (
     encode_event,
     event_message,
     exception_message,
+    lists_error,
 )
 from outcrop.wire.model import service_model
 
@@ -75,6 +76,17 @@ def test_an_error_of_the_stream_carries_its_members() -> None:
     (message,) = list(buffer)
     assert message.payload == b'{"message":"Broke.","originalStatusCode":500}'
     assert message.headers[":exception-type"] == "modelStreamErrorException"
+
+
+def test_a_stream_lists_its_own_errors_and_no_other() -> None:
+    converse = service_model("bedrock-runtime").operation_model("ConverseStream")
+    for code in ("ModelStreamErrorException", "ThrottlingException", "ValidationException"):
+        assert lists_error(STREAM, code)
+        assert lists_error(converse, code)
+    assert lists_error(STREAM, "ModelTimeoutException")
+    assert not lists_error(converse, "ModelTimeoutException")
+    assert not lists_error(STREAM, "ModelErrorException")
+    assert not lists_error(STREAM, "PayloadPart")
 
 
 def test_an_endless_message_is_cut_to_what_a_header_holds() -> None:
