@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 BETWEEN_BLOCKS = "\n\n"
 """What stands between the content blocks of one turn, in training and in serving."""
 
