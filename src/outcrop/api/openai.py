@@ -30,7 +30,12 @@ from outcrop.api import openai_answers as answers
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.openai_requests import Ask, model_id, parse_chat, parse_completion
 from outcrop.api.signed import signed_request
-from outcrop.errors import AccessDeniedException, ApiError, ValidationException
+from outcrop.errors import (
+    AccessDeniedException,
+    ApiError,
+    ServiceUnavailableException,
+    ValidationException,
+)
 from outcrop.identity.api_keys import authenticate_api_key, bearer_key
 from outcrop.identity.authorize import load_policies
 from outcrop.identity.policy import decide
@@ -45,6 +50,7 @@ logger = logging.getLogger("outcrop.gateway")
 
 FIRST_PART = "v1"
 """First part of the paths that are answered here."""
+ENDING = "The service is ending. Ask again."
 MAX_AT_ONCE = 16
 """Answers of one request that are asked for at the same time."""
 THROUGHPUTS_A_PAGE = 1000
@@ -84,6 +90,10 @@ class Answer:
             await self._refuse(error)
         except ClientDisconnect:
             self._status = 499  # for the log, as in handlers.py
+        except anyio.get_cancelled_exc_class():  # the gateway ends, and waits no longer
+            with anyio.CancelScope(shield=True):
+                await self._refuse(ServiceUnavailableException(ENDING))
+            raise
         except Exception as error:
             logger.exception("%s failed", self._request_id)
             await self._refuse(handlers.our_fault(error, self._request_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +14,14 @@ import httpx
 import openai
 import pytest
 import sqlalchemy as sa
-from tests.unit.api.runtime_gateway import ANSWER, SECONDS, WEIGHTS, Gateway, running_gateway
+from tests.unit.api.runtime_gateway import (
+    ANSWER,
+    SECONDS,
+    WEIGHTS,
+    Gateway,
+    running_gateway,
+    wait_until,
+)
 from tests.unit.store.build import ACCOUNT, REGION, new_model, new_throughput
 
 from outcrop.data.records import Message
@@ -274,6 +282,28 @@ def test_a_client_that_does_not_wait_for_a_whole_answer_ends_it(gateway: Gateway
     asking.start()
     assert gateway.model.was_left.wait(SECONDS)
     asking.join(SECONDS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_gateway_that_ends_tells_who_waits(tmp_path: Path, stream: bool) -> None:
+    with running_gateway(tmp_path / "data") as ending:
+        key = api_keys.load_or_make_api_key(ending.settings).key
+        ending.model.script(ANSWER[0], ending="wait")
+        headers = {"authorization": f"Bearer {key}"}
+        with (
+            httpx.Client(trust_env=False, timeout=SECONDS, headers=headers) as http,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            body = {**CHAT, "stream": stream}
+            asked = pool.submit(http.post, f"{ending.url}/v1/chat/completions", json=body)
+            wait_until(lambda: bool(ending.model.requests))
+            ending.server.should_exit = True
+            answer = asked.result(SECONDS)
+        assert ending.model.was_left.wait(SECONDS)
+    assert "The service is ending. Ask again." in answer.text
+    assert "[DONE]" not in answer.text
+    if not stream:
+        assert answer.status_code == 503
 
 
 # --- completions ----------------------------------------------------------------------------------
