@@ -21,7 +21,7 @@ from outcrop.serve.request import Generation, SamplingParams
 TURNS = [{"role": "user", "content": [{"text": "Hi"}]}]
 DEFAULTS: dict[str, SamplingParams] = {
     "titan": SamplingParams(temperature=0.7, top_p=0.9),
-    "cohere": SamplingParams(temperature=0.9, top_p=0.75, truncate="end"),
+    "cohere": SamplingParams(temperature=0.9, top_p=0.75),
     "llama": SamplingParams(temperature=0.5, top_p=0.9),
     "mistral": SamplingParams(temperature=0.5, top_p=0.9, top_k=50),
     "claude": SamplingParams(temperature=1.0, top_p=1.0),
@@ -112,7 +112,7 @@ def test_converse_and_novas_and_claudes_own_bodies_and_training_read_one_convers
     [
         ("claude", {"top_k": 7}, "top_k", 7),
         ("cohere", {"k": 7}, "top_k", 7),
-        ("cohere", {"truncate": "NONE"}, "truncate", "none"),
+        ("cohere", {"truncate": "END"}, "truncate", "end"),
         ("cohere", {"return_likelihoods": "GENERATION"}, "logprobs", True),
         ("mistral", {"top_k": 7}, "top_k", 7),
         ("nova", {"inferenceConfig": {"topK": 7}}, "top_k", 7),

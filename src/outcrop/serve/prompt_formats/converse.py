@@ -1,9 +1,10 @@
 """A Converse request, for any family: the same messages and sampling parameters as its own body's.
 
 What `inferenceConfig` and `additionalModelRequestFields` say is put where the family's body has it,
-and checked by the family's own fields, so that ranges and defaults are those of InvokeModel. Two
-differ: an answer whose length is not bounded ends where the model's context does, and stop
-sequences work with every family. Only text is read; other content is refused by name.
+and checked by the family's own fields, so that ranges and defaults are those of InvokeModel. Three
+things differ: an answer whose length is not bounded ends where the model's context does, a
+conversation that is too long is refused, not cut, unless its `truncate` says so, and stop sequences
+work with every family. Only text is read; other content is refused by name.
 
 Source: API reference, "Converse"; the texts of the refusals are those of the live service.
 """
@@ -54,8 +55,11 @@ def parse_converse(base: BaseModel, params: Mapping[str, Any]) -> NativeRequest:
 
     family = FAMILIES[base.body_family]
     config = params.get("inferenceConfig") or {}
-    body = _body(family, config, params.get("additionalModelRequestFields") or {})
+    additional = params.get("additionalModelRequestFields") or {}
+    body = _body(family, config, additional)
     sampling = family.sampling(base, body, base.max_output_tokens)
+    if "truncate" not in additional:  # Cohere's default would cut the last turn without a word
+        sampling = replace(sampling, truncate="none")
     if "stopSequences" not in family.inference:
         stop = _check({"stopSequences": list(config.get("stopSequences") or ())}, STOP)
         sampling = replace(sampling, stop=tuple(stop["stopSequences"]))
