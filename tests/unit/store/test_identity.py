@@ -56,6 +56,33 @@ def test_secret_is_not_shown_when_a_key_is_printed(engine: Engine) -> None:
         assert "very-secret" not in repr(identity.access_key(connection, "AK1"))
 
 
+def test_api_key_is_found_by_its_digest_and_goes_with_its_user(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        for account in (ACCOUNT, OTHER_ACCOUNT):
+            identity.put_user(connection, account, "ada")
+            identity.put_api_key(connection, account, "ada", f"K{account}", f"digest-{account}")
+        found = identity.api_key(connection, f"digest-{ACCOUNT}")
+        assert found is not None
+        assert (found.account, found.user_name, found.active) == (ACCOUNT, "ada", True)
+        assert identity.api_key(connection, "digest") is None
+        assert identity.set_api_key_active(connection, f"K{ACCOUNT}", False)
+        assert not identity.set_api_key_active(connection, "nothing", False)
+        found = identity.api_key(connection, f"digest-{ACCOUNT}")
+        assert found is not None
+        assert not found.active
+        identity.delete_user(connection, ACCOUNT, "ada")
+        assert identity.api_key(connection, f"digest-{ACCOUNT}") is None
+        assert identity.api_key(connection, f"digest-{OTHER_ACCOUNT}") is not None
+
+
+def test_api_key_needs_its_user(engine: Engine) -> None:
+    with (
+        pytest.raises(ResourceNotFoundException, match="user bob does not exist"),
+        transaction(engine) as connection,
+    ):
+        identity.put_api_key(connection, ACCOUNT, "bob", "K1", "digest")
+
+
 def test_role_keeps_its_birthday_when_its_trust_changes(engine: Engine) -> None:
     with transaction(engine) as connection:
         assert identity.role(connection, ACCOUNT, "R") is None
