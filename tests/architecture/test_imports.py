@@ -29,8 +29,13 @@ MAY_LOAD_TORCH = (
     "models/pointwise.py",
     "models/workspace.py",
     "serve/adapters.py",
+    "serve/backend.py",
     "serve/engine.py",
+    "serve/forward.py",
     "serve/network.py",
+    "serve/packed.py",
+    "serve/paged.py",
+    "serve/plain.py",
     "serve/sampler.py",
     "serve/sequence.py",
 )

@@ -114,6 +114,7 @@ BROAD = {
     "api/s3.py": "the same, in S3's form",
     "models/fused.py": "whatever keeps torch from compiling a function, the plain one runs",
     "serve/engine.py": "one request fails as ModelErrorException, the others go on",
+    "serve/plain.py": "one part of a pass fails, the others go on",
 }
 """Modules that may catch every exception and go on, each with its reason."""
 

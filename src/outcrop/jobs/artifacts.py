@@ -55,11 +55,6 @@ def work_folder(settings: Settings, job_id: str, fence: int) -> Path:
     return job_folder(settings, job_id) / str(fence)
 
 
-def kernel_folder(settings: Settings) -> Path:
-    """Return where kernels are kept that were compiled on this machine; may be removed any time."""
-    return settings.data_dir / "cache" / "kernels"
-
-
 def thread_plan_folder(settings: Settings) -> Path:
     """Return where it is kept how models use this machine's cores best; may be removed any time."""
     return settings.data_dir / "cache" / "threads"

@@ -112,12 +112,13 @@ def run(
     stage.begin("training")
     # Here, because it brings torch and transformers: a job that fails before does not wait for
     # them, which takes seconds, and under load many.
+    from outcrop.models.compiled import kernel_folder
     from outcrop.models.kernels import keep_kernels_in
     from outcrop.train.device import choose_device
     from outcrop.train.loop import train
     from outcrop.train.tuning import ThreadPlan
 
-    keep_kernels_in(artifacts.kernel_folder(settings))
+    keep_kernels_in(kernel_folder(settings))
     reporter = Reporter(
         engine,
         objects,

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import platformdirs
 
+from outcrop.settings import Settings
+
 logger = logging.getLogger(__name__)
 
 COMPILERS = ("cc", "gcc", "clang")
@@ -32,6 +34,11 @@ class NoCompilerError(Exception):
 
     def __init__(self) -> None:
         super().__init__(f"no C compiler ({', '.join(COMPILERS)})")
+
+
+def kernel_folder(settings: Settings) -> Path:
+    """Return where a service keeps what it compiled on this machine; may be removed any time."""
+    return settings.data_dir / "cache" / "kernels"
 
 
 def keep_libraries_in(folder: Path | None) -> None:

@@ -1,13 +1,15 @@
-"""The engine: requests in, events out, on one model and the adapters that belong to it.
+"""The engine: requests in, events out, on one model and the custom models that belong to it.
 
 `Engine` is the seam: the server knows nothing else, so another engine can stand behind it.
-`TorchEngine` is the plain one: one thread, every request with a cache of its own, a few tokens of
-each in turn. There is no batching, so an answer never depends on what else is asked.
+`BatchEngine` is ours: one thread, whose passes take all active requests together, each with its own
+custom model. What computes a pass is a backend (`backend.py`).
 
 A request's life: (1) `submit` renders the prompt in the caller's thread and refuses what does not
-fit; (2) it waits in a bounded queue, first come first served; (3) it becomes active when there is
-room in memory; (4) active requests take turns; (5) events go to `deliver`, from the engine's
-thread; the last is a Generation or an error. A cancelled request gets no further event.
+fit; (2) it waits in a bounded queue, first come first served; (3) it becomes active when its custom
+model and its first pages have room; (4) each pass takes a part of its prompt, or its newest token;
+(5) events go to `deliver`, from the engine's thread; the last is a Generation or an error. A
+cancelled request gets no further event. Where pages run out, the youngest request gives its own
+back and waits again; what it had is computed anew, to the same numbers.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ from outcrop.errors import (
     ServiceUnavailableException,
     ThrottlingException,
 )
-from outcrop.serve.adapters import MAX_ADAPTER_BYTES, Adapters
-from outcrop.serve.network import load_network
+from outcrop.serve.adapters import MAX_ADAPTER_BYTES
+from outcrop.serve.backend import Backend, Memory, Part, Scores
+from outcrop.serve.paged import PagedBackend, can_be_paged
+from outcrop.serve.pages import PagePool, PageTable
+from outcrop.serve.plain import PAGE_TOKENS, PlainBackend
 from outcrop.serve.prompt import fit_prompt, render_prompt
 from outcrop.serve.request import Event, Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
@@ -44,13 +49,10 @@ logger = logging.getLogger("outcrop.model-server")
 
 Deliver = Callable[[Event], None]
 
-MAX_WAITING = 64
+MAX_WAITING = 256
 """Requests that may wait; the next one is told to try again."""
-MAX_ACTIVE = 8
-MAX_ACTIVE_TOKENS = 32_768
-"""Prompts and answers of all active requests together: 750 MB of cache for the shipped model."""
-TURN_STEPS = 8
-"""Steps of one request before the next has its turn; changing the adapter costs about one."""
+MAX_ACTIVE = 64
+"""Requests that are answered at the same time."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class EngineStats:
     """Adapters in memory."""
     adapter_bytes: int
     num_adapter_loads: int
+    num_passes: int
+    prefix_tokens: int
+    """Tokens of prompts that were not computed, because another request had them."""
+    num_preempted: int
+    """How often a request gave its pages back to an older one."""
     idle_seconds: float
     """Since the last request ended; 0 while there is one."""
 
@@ -108,18 +115,26 @@ class _Task:
         self.request, self.sequence, self.deliver = request, sequence, deliver
         self.started = time.monotonic()
         self.cancelled = False
+        self.table = PageTable()
+        self.memory = Memory()
 
     @property
-    def max_context_tokens(self) -> int:
-        return self.sequence.input_tokens + self.sequence.max_tokens
+    def scope(self) -> bytes:
+        """What its keys and values depend on beside its tokens."""
+        return f"of {self.request.adapter or 'the base'}".encode()
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are to be computed before the next one can be drawn."""
+        return len(self.sequence.ids) - self.sequence.num_computed
 
     def is_late(self) -> bool:
         limit = self.request.timeout_seconds
         return limit is not None and time.monotonic() - self.started > limit
 
 
-class TorchEngine:
-    """The plain engine on torch; see the module's text for how it works."""
+class BatchEngine:
+    """Our engine; see the module's text for how it works."""
 
     def __init__(
         self,
@@ -129,28 +144,35 @@ class TorchEngine:
         dtype: torch.dtype | None = None,
         max_waiting: int = MAX_WAITING,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
+        backend: Backend | None = None,
     ) -> None:
         """Load the model and start the thread.
 
         Args:
             folder: the base model's, in Hugging Face's layout.
-            threads: that torch computes with.
+            threads: that a pass computes with.
+            dtype: of the weights; None takes this machine's fastest.
+            backend: what computes; None takes the compiled pass where it covers the model.
         Raises:
             ModelError: the folder's weights or tokenizer cannot be used.
         """
         self.renderer = Renderer(folder)
-        network = load_network(folder, dtype)
-        self.max_context = network.max_context
-        self._adapters = Adapters(network, dtype=dtype, max_bytes=max_adapter_bytes)
-        self._threads = threads
+        self._backend = backend or open_backend(
+            folder, threads=threads, dtype=dtype, max_adapter_bytes=max_adapter_bytes
+        )
+        self.max_context = self._backend.max_context
+        self._pool = PagePool(
+            self._backend.num_pages, PAGE_TOKENS, shares=self._backend.shares_pages
+        )
         self._max_waiting = max_waiting
         self._lock = threading.Condition()
         self._numbers = count(1)
         self._tasks: dict[int, _Task] = {}
         self._waiting: deque[int] = deque()
-        self._active: deque[int] = deque()
+        self._active: list[int] = []
         self._closing = False
         self._num_requests = self._input_tokens = self._output_tokens = 0
+        self._num_passes = self._num_preempted = 0
         self._last_used = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -194,9 +216,12 @@ class TorchEngine:
                 num_requests=self._num_requests,
                 input_tokens=self._input_tokens,
                 output_tokens=self._output_tokens,
-                num_adapters=self._adapters.num_kept,
-                adapter_bytes=self._adapters.num_bytes,
-                num_adapter_loads=self._adapters.num_loaded,
+                num_adapters=self._backend.num_adapters,
+                adapter_bytes=self._backend.adapter_bytes,
+                num_adapter_loads=self._backend.num_loads,
+                num_passes=self._num_passes,
+                prefix_tokens=self._pool.tokens_taken_over,
+                num_preempted=self._num_preempted,
                 idle_seconds=idle,
             )
 
@@ -217,74 +242,207 @@ class TorchEngine:
             )
 
     def _run(self) -> None:
-        # OpenMP holds the number of threads for each thread that starts work.
-        torch.set_num_threads(self._threads)
         while True:
             with self._lock:
                 while not (self._closing or self._waiting or self._active):
                     self._lock.wait()
                 if self._closing:
                     break
-                self._admit()
-                number = self._active.popleft()
-                task = self._tasks[number]
-            done = self._turn(task)
-            with self._lock:
-                if done:
-                    self._end(number, task)
-                else:
-                    self._active.append(number)
+            self._drop_what_ended()
+            self._admit()
+            self._pass()
         self._end_all()
+        self._backend.close()
+
+    def _drop_what_ended(self) -> None:
+        """End requests that were cancelled or whose time is up, waiting ones included."""
+        for number, task in list(self._tasks.items()):
+            if task.cancelled:
+                self._end(number)
+            elif task.is_late():
+                self._fail(
+                    number,
+                    ModelTimeoutException(
+                        f"The model did not finish within {task.request.timeout_seconds:g} s; it "
+                        f"had written {task.sequence.output_tokens} tokens. Ask for fewer tokens."
+                    ),
+                )
 
     def _admit(self) -> None:
         """Move waiting requests to the active ones, in order, while there is room."""
-        tokens = sum(self._tasks[number].max_context_tokens for number in self._active)
         while self._waiting and len(self._active) < MAX_ACTIVE:
-            tokens += self._tasks[self._waiting[0]].max_context_tokens
-            if self._active and tokens > MAX_ACTIVE_TOKENS:
+            number = self._waiting[0]
+            task = self._tasks[number]
+            in_use = {
+                artifact
+                for other in self._active
+                if (artifact := self._tasks[other].request.adapter) is not None
+            }
+            try:
+                if not self._backend.load(task.request.adapter, in_use) and self._active:
+                    return
+            except Exception as error:
+                self._fail(number, self._explain(task, error))
+                continue
+            ids = task.sequence.ids
+            task.table = self._pool.open(task.scope, ids)
+            first = min(len(ids), task.sequence.num_computed + self._backend.max_rows)
+            if self._active and not self._has_room(task, first):
+                self._pool.close(task.table)
                 return
-            self._active.append(self._waiting.popleft())
+            task.sequence.num_computed = len(task.table.numbers) * PAGE_TOKENS
+            with self._lock:
+                self._waiting.popleft()
+                self._active.append(number)
 
-    def _turn(self, task: _Task) -> bool:
-        """Run some steps of a request; returns whether it has ended."""
+    def _has_room(self, task: _Task, num_tokens: int) -> bool:
+        """Whether there is a page for each active request beside those of a new one."""
+        more = -(-num_tokens // PAGE_TOKENS) - len(task.table.numbers)
+        return more + len(self._active) <= self._pool.num_available
+
+    def _pass(self) -> None:
+        """Compute the newest token of each answer, and as much of the prompts as fits beside."""
+        numbers, parts = self._plan()
+        if not parts:
+            return
+        self._num_passes += 1
         try:
-            network = self._adapters.use(task.request.adapter)
-            for _ in range(TURN_STEPS):
-                if task.cancelled:
-                    return True
-                if task.is_late():
-                    raise ModelTimeoutException(
-                        f"The model did not finish within {task.request.timeout_seconds:g} s; it "
-                        f"had written {task.sequence.output_tokens} tokens. Ask for fewer tokens."
-                    )
-                event = task.sequence.step(network)
-                if event is not None:
-                    task.deliver(event)
-                if isinstance(event, Generation):
-                    return True
-        except ApiError as error:
-            _deliver_last(task, error)
-            return True
-        except ModelError as error:
-            logger.error("the custom model %s cannot be used: %s", task.request.adapter, error)
-            _deliver_last(task, _unusable())
-            return True
-        # Whatever a library raises on one request: the thread that ends with it answers all others.
-        except Exception:
-            logger.exception("a request failed")
-            _deliver_last(
-                task,
-                ModelErrorException("The model failed on this request; the server's log says why."),
+            found = self._backend.run(parts)
+        # Whatever a library raises: the thread that ends with it answers all others.
+        except Exception as error:
+            found = [error] * len(parts)
+        for number, part, scores in zip(numbers, parts, found, strict=True):
+            task = self._tasks[number]
+            if isinstance(scores, Exception):
+                self._fail(number, self._explain(task, scores))
+                continue
+            task.sequence.num_computed += len(part.token_ids)
+            self._pool.record(task.table, task.sequence.ids[: task.sequence.num_computed])
+            if scores is not None:
+                self._accept(number, scores)
+
+    def _plan(self) -> tuple[list[int], list[Part]]:
+        """Return who takes part in the next pass, and with which tokens."""
+        numbers: list[int] = []
+        parts: list[Part] = []
+        for number, length in self._share_pass():
+            if number not in self._active:  # it gave its pages to one before it
+                continue
+            task = self._tasks[number]
+            first = task.sequence.num_computed
+            if not self._make_room(number, first + length, numbers):
+                continue
+            parts.append(
+                Part(
+                    artifact=task.request.adapter,
+                    token_ids=task.sequence.ids[first : first + length],
+                    first_position=first,
+                    pages=task.table.numbers,
+                    wants_scores=length == task.num_left,
+                    memory=task.memory,
+                )
             )
+            numbers.append(number)
+        return numbers, parts
+
+    def _share_pass(self) -> list[tuple[int, int]]:
+        """Return how many tokens of whom the next pass takes: answers first, then prompts."""
+        tasks = {number: self._tasks[number] for number in self._active}
+        answers = [number for number, task in tasks.items() if task.num_left == 1]
+        begun: set[bytes] = set()
+        prompts = [
+            number
+            for number, task in tasks.items()
+            if task.num_left > 1 and not self._waits_for_another(task, begun)
+        ]
+        lengths = share_room(
+            [tasks[number].num_left for number in prompts],
+            self._backend.max_rows - len(answers),
+        )
+        return [
+            *((number, 1) for number in answers),
+            *((number, length) for number, length in zip(prompts, lengths, strict=True) if length),
+        ]
+
+    def _waits_for_another(self, task: _Task, begun: set[bytes]) -> bool:
+        """Return whether another prompt of this pass begins alike: then its pages come for free."""
+        if not self._backend.shares_pages:
+            return False
+        sequence = task.sequence
+        if sequence.num_computed == len(task.table.numbers) * PAGE_TOKENS:
+            # What others have computed since it became active.
+            self._pool.close(task.table)
+            task.table = self._pool.open(task.scope, sequence.ids)
+            sequence.num_computed = len(task.table.numbers) * PAGE_TOKENS
+        key = self._pool.next_key(task.table, sequence.ids)
+        if key is None or task.num_left <= PAGE_TOKENS:
+            return False
+        if key in begun:
             return True
+        begun.add(key)
         return False
 
-    def _end(self, number: int, task: _Task) -> None:
-        del self._tasks[number]
-        self._num_requests += 1
-        self._input_tokens += task.sequence.input_tokens
-        self._output_tokens += task.sequence.output_tokens
-        self._last_used = time.monotonic()
+    def _make_room(self, number: int, num_tokens: int, planned: Sequence[int]) -> bool:
+        """Give a request pages, if need be the youngest's; False if it had to give up its own."""
+        table = self._tasks[number].table
+        while not self._pool.extend(table, num_tokens):
+            youngest = next(other for other in reversed(self._active) if other not in planned)
+            self._preempt(youngest)
+            if youngest == number:
+                return False
+        return True
+
+    def _preempt(self, number: int) -> None:
+        task = self._tasks[number]
+        self._pool.close(task.table)
+        task.memory.cache = None
+        task.sequence.num_computed = 0
+        self._num_preempted += 1
+        with self._lock:
+            self._active.remove(number)
+            self._waiting.appendleft(number)
+
+    def _accept(self, number: int, scores: Scores) -> None:
+        """Draw a request's next token and deliver what comes of it."""
+        task = self._tasks[number]
+        if task.cancelled:
+            return
+        try:
+            event = task.sequence.accept(scores)
+            if event is not None:
+                task.deliver(event)
+        except Exception as error:
+            self._fail(number, self._explain(task, error))
+            return
+        if isinstance(event, Generation):
+            self._end(number)
+
+    def _explain(self, task: _Task, error: Exception) -> ApiError:
+        """Return what the client is told; the rest is in the log."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, ModelError):
+            logger.error("the custom model %s cannot be used: %s", task.request.adapter, error)
+            return _unusable()
+        logger.error("a request failed", exc_info=error)
+        return ModelErrorException("The model failed on this request; the server's log says why.")
+
+    def _fail(self, number: int, error: ApiError) -> None:
+        _deliver_last(self._tasks[number], error)
+        self._end(number)
+
+    def _end(self, number: int) -> None:
+        with self._lock:
+            task = self._tasks.pop(number)
+            if number in self._active:
+                self._active.remove(number)
+            else:
+                self._waiting.remove(number)
+            self._pool.close(task.table)
+            self._num_requests += 1
+            self._input_tokens += task.sequence.input_tokens
+            self._output_tokens += task.sequence.output_tokens
+            self._last_used = time.monotonic()
 
     def _end_all(self) -> None:
         with self._lock:
@@ -292,6 +450,38 @@ class TorchEngine:
         for task in tasks:
             if not task.cancelled:
                 _deliver_last(task, _ending())
+
+
+def share_room(lengths: Sequence[int], room: int) -> list[int]:
+    """Share a pass's rows among prompts: the shortest are done first, the oldest never waits.
+
+    Args:
+        lengths: tokens that are left of each prompt, the oldest first.
+        room: rows for all of them.
+    """
+    shares = [0] * len(lengths)
+    if lengths:
+        shares[0] = min(lengths[0], -(-room // 4))
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        shares[place] += min(lengths[place] - shares[place], room - sum(shares))
+    return shares
+
+
+def open_backend(
+    folder: Path,
+    *,
+    threads: int,
+    dtype: torch.dtype | None = None,
+    max_adapter_bytes: int = MAX_ADAPTER_BYTES,
+) -> Backend:
+    """Return what computes the model of a folder fastest on this machine.
+
+    Raises:
+        ModelError: the folder's weights cannot be used.
+    """
+    if can_be_paged(folder, dtype):
+        return PagedBackend(folder, threads=threads, max_adapter_bytes=max_adapter_bytes)
+    return PlainBackend(folder, threads=threads, dtype=dtype, max_adapter_bytes=max_adapter_bytes)
 
 
 def _deliver_last(task: _Task, error: ApiError) -> None:

@@ -57,14 +57,27 @@ def load_network(folder: Path, dtype: torch.dtype | None = None) -> Network:
     Raises:
         ModelError: the folder holds no model, an incomplete one, or one that cannot be run.
     """
+    config = read_config(folder)
+    dtype = dtype or compute_dtype()
+    if is_plain_llama(config):
+        weights = {name: tensor.to(dtype) for name, tensor in read_weights(folder).items()}
+        return LlamaNetwork(config, weights)
+    return GeneralNetwork(folder, dtype)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model's folder.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} holds no model: config.json cannot be read.") from error
-    dtype = dtype or compute_dtype()
-    if is_plain_llama(config):
-        return LlamaNetwork(config, _read_weights(folder, dtype))
-    return GeneralNetwork(folder, dtype)
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder} holds no model: config.json is not an object.")
+    return config
 
 
 def is_plain_llama(config: dict[str, Any]) -> bool:
@@ -333,14 +346,19 @@ def _attend(
     return y_NTH.transpose(0, 1).reshape(num_tokens, num_heads * width)
 
 
-def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a model's folder, named as they are there.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         try:
             weights.update(load_file(file))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
-    return {name: tensor.to(dtype) for name, tensor in weights.items()}
+    return weights
 
 
 def _weight_files(folder: Path) -> list[Path]:

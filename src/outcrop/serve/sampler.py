@@ -32,6 +32,11 @@ def new_generator(seed: int | None) -> torch.Generator:
     return generator.manual_seed((secrets.randbits(63) if seed is None else seed) % 2**63)
 
 
+def is_greedy(params: SamplingParams) -> bool:
+    """Return whether always the likeliest token is taken, so that nothing is drawn."""
+    return params.temperature == 0 or params.top_k == 1
+
+
 def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Draw one token id.
 
@@ -39,7 +44,7 @@ def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator)
         logits_V: unnormalized scores, any float type; computed in float32, summed in float64.
         generator: gives exactly one number for each token drawn with a temperature above 0.
     """
-    if params.temperature == 0 or params.top_k == 1:
+    if is_greedy(params):
         # The first of several equal maxima, as torch.argmax promises.
         return int(torch.argmax(logits_V))
     ids_K, probabilities_K = distribution(logits_V, params)

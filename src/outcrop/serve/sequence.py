@@ -1,24 +1,19 @@
-"""One request on its way from prompt to answer, a step at a time.
+"""One request on its way from prompt to answer, a token at a time.
 
-Each step is one pass of the network: a part of the prompt, or one new token. Knows neither threads
-nor other requests; its arithmetic is the same whatever else is being answered.
+Knows what was computed and what is next, and turns scores into text. Knows neither threads nor
+other requests nor where scores come from.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 from outcrop.errors import ModelErrorException
 from outcrop.models.tokenizer import IncrementalDecoder, Tokenizer
-from outcrop.serve.network import Network
+from outcrop.serve.backend import Scores
 from outcrop.serve.request import FinishReason, Generation, SamplingParams, TokenEvent, TokenLogprob
-from outcrop.serve.sampler import logprob, new_generator, sample
+from outcrop.serve.sampler import is_greedy, logprob, new_generator, sample
 from outcrop.serve.stop import StopScanner
-
-PREFILL_TOKENS = 512
-"""Tokens of a prompt in one step, so that a long one cannot hold up others for long."""
 
 
 class TokenSequence:
@@ -34,10 +29,12 @@ class TokenSequence:
     ) -> None:
         self.input_tokens = len(prompt_ids)
         self.max_tokens = max_tokens
+        self.ids = list(prompt_ids)
+        """The prompt and what was drawn after it."""
+        self.num_computed = 0
+        """Of `ids`, from the first on. The answer goes on when all are."""
         self._sampling = sampling
         self._end_token_ids = frozenset(end_token_ids)
-        self._waiting_ids = list(prompt_ids)
-        self._cache: Any = None
         self._generator = new_generator(sampling.seed)
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
@@ -46,33 +43,27 @@ class TokenSequence:
         self._logprobs: list[TokenLogprob] = []
         self.output_tokens = 0
 
-    def step(self, network: Network) -> TokenEvent | Generation | None:
-        """Run one pass; returns released text, the finished answer, or None for neither.
+    def accept(self, scores: Scores) -> TokenEvent | Generation | None:
+        """Draw the next token; returns released text, the finished answer, or None for neither.
 
         Raises:
             ModelErrorException: the model's scores are not numbers.
         """
-        if self._cache is None:
-            self._cache = network.new_cache()
-        part, self._waiting_ids = (
-            self._waiting_ids[:PREFILL_TOKENS],
-            self._waiting_ids[PREFILL_TOKENS:],
-        )
-        logits_V = network.forward(part, self._cache)
-        if self._waiting_ids:
-            return None
-        if not math.isfinite(float(logits_V.max())):
+        if scores.best < 0:
             raise ModelErrorException(
                 "The model's scores are not finite numbers, so no token can be drawn."
             )
-        token = sample(logits_V, self._sampling, self._generator)
+        if is_greedy(self._sampling):
+            token = scores.best
+        else:
+            token = sample(scores.logits_V, self._sampling, self._generator)
         self.output_tokens += 1
         if token in self._end_token_ids:
             return self._finish("stop", self._decoder.finish())
         if self._sampling.logprobs:
             text = self._tokenizer.decode([token])
-            self._logprobs.append(TokenLogprob(text, logprob(logits_V, token)))
-        self._waiting_ids = [token]
+            self._logprobs.append(TokenLogprob(text, logprob(scores.logits_V, token)))
+        self.ids.append(token)
         text = self._decoder.push([token])
         if self.output_tokens >= self.max_tokens:
             return self._finish("length", text + self._decoder.finish())

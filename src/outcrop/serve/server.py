@@ -78,7 +78,8 @@ def run_model_server(
     # Threads that spin while they wait for each other stand still when a training job runs beside
     # them: 590 ms a token instead of 57 on two shared cores. It is read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from outcrop.serve.engine import TorchEngine
+    from outcrop.models.compiled import keep_libraries_in, kernel_folder
+    from outcrop.serve.engine import BatchEngine
 
     started = time.perf_counter()
     # uvicorn raises the signal that ended it once more: then, and while loading, just end.
@@ -86,7 +87,8 @@ def run_model_server(
     listener = _listen(Path(socket_path))
     try:
         folder = ensure_weights(settings, weights_key)
-        engine = TorchEngine(folder, threads=settings.serve_threads or default_threads())
+        keep_libraries_in(kernel_folder(settings))
+        engine = BatchEngine(folder, threads=settings.serve_threads or default_threads())
         app = make_app(engine, weights_key, timeout_seconds=settings.invoke_timeout_seconds)
         config = uvicorn.Config(
             app,

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,11 @@ from outcrop.errors import (
 )
 from outcrop.models.lora import load_adapter, set_adapter
 from outcrop.serve.adapters import Adapters
-from outcrop.serve.engine import MAX_ACTIVE, TorchEngine
+from outcrop.serve.engine import MAX_ACTIVE, BatchEngine
+from outcrop.serve.forward import is_compiled
 from outcrop.serve.network import load_network
+from outcrop.serve.paged import PagedBackend
+from outcrop.serve.plain import MAX_ROWS, PlainBackend
 from outcrop.serve.request import (
     Event,
     Generation,
@@ -37,12 +41,12 @@ from outcrop.serve.request import (
     SamplingParams,
     TokenEvent,
 )
-from outcrop.serve.sequence import PREFILL_TOKENS
 
 CONTEXT = 512
 HELLO = (Message("user", "Hello there, what is the weather like?"),)
 GREEDY = SamplingParams(temperature=0, max_tokens=60)
 SECONDS = 60.0
+Start = Callable[..., BatchEngine]
 
 
 @pytest.fixture(scope="module")
@@ -56,28 +60,33 @@ def artifacts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     return [write_random_adapter(folder, place / str(seed), seed) for seed in range(1, 4)]
 
 
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Starts an engine on either backend. The compiled one computes in bfloat16 only."""
+    if request.param == "torch":
+        return partial(BatchEngine, threads=1, dtype=torch.float32)
+    if not is_compiled():
+        pytest.skip("there is no C compiler")
+    return partial(BatchEngine, threads=2, dtype=torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
-def shared(folder: Path) -> Iterator[TorchEngine]:
-    yield from running(folder)
+def shared(folder: Path, start: Start) -> Iterator[BatchEngine]:
+    yield from running(start(folder))
 
 
 @pytest.fixture
-def engine(folder: Path) -> Iterator[TorchEngine]:
-    yield from running(folder)
+def engine(folder: Path, start: Start) -> Iterator[BatchEngine]:
+    yield from running(start(folder))
 
 
-def running(folder: Path) -> Iterator[TorchEngine]:
-    engine = start(folder)
+def running(engine: BatchEngine) -> Iterator[BatchEngine]:
     yield engine
     engine.close()
 
 
-def start(folder: Path, **options: int) -> TorchEngine:
-    return TorchEngine(folder, threads=1, dtype=torch.float32, **options)
-
-
 def ask(
-    engine: TorchEngine,
+    engine: BatchEngine,
     sampling: SamplingParams = GREEDY,
     messages: tuple[Message, ...] = HELLO,
     adapter: Path | None = None,
@@ -99,6 +108,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+def computes_in_float32(engine: BatchEngine) -> bool:
+    return isinstance(engine._backend, PlainBackend)
+
+
 class Held:
     """Takes events and holds the engine's thread at the first one until it is let go."""
 
@@ -117,8 +130,10 @@ class Held:
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_greedy_answers_are_those_of_transformers(
-    shared: TorchEngine, folder: Path, artifacts: list[Path], with_adapter: bool
+    shared: BatchEngine, folder: Path, artifacts: list[Path], with_adapter: bool
 ) -> None:
+    if not computes_in_float32(shared):
+        pytest.skip("in bfloat16 the likeliest of near ones may be another: see test_forward.py")
     reference = load_reference(folder)
     if with_adapter:
         set_adapter(reference, load_adapter(artifacts[0]))
@@ -131,7 +146,7 @@ def test_greedy_answers_are_those_of_transformers(
 
 
 def test_the_base_answers_byte_for_byte_as_before_an_adapter(
-    shared: TorchEngine, artifacts: list[Path]
+    shared: BatchEngine, artifacts: list[Path]
 ) -> None:
     before = ask(shared)
     custom = [ask(shared, adapter=artifact).text for artifact in artifacts]
@@ -141,7 +156,7 @@ def test_the_base_answers_byte_for_byte_as_before_an_adapter(
 
 
 def test_requests_of_many_adapters_at_once_do_not_mix(
-    engine: TorchEngine, artifacts: list[Path]
+    engine: BatchEngine, artifacts: list[Path]
 ) -> None:
     kinds = [None, *artifacts] * 3
     alone = [ask(engine, adapter=kind) for kind in kinds]
@@ -157,7 +172,7 @@ def test_requests_of_many_adapters_at_once_do_not_mix(
 
 
 def test_adapters_are_kept_up_to_a_bound_and_read_again(
-    folder: Path, artifacts: list[Path]
+    folder: Path, artifacts: list[Path], start: Start
 ) -> None:
     engine = start(folder, max_adapter_bytes=1)
     try:
@@ -172,7 +187,7 @@ def test_adapters_are_kept_up_to_a_bound_and_read_again(
 
 
 def test_an_adapter_is_read_once_while_there_is_room(
-    engine: TorchEngine, artifacts: list[Path]
+    engine: BatchEngine, artifacts: list[Path]
 ) -> None:
     for artifact in [*artifacts, *artifacts]:
         ask(engine, adapter=artifact)
@@ -182,7 +197,7 @@ def test_an_adapter_is_read_once_while_there_is_room(
 
 
 def test_a_model_with_weights_of_its_own_is_served_beside_the_base(
-    engine: TorchEngine, tmp_path: Path
+    engine: BatchEngine, tmp_path: Path, start: Start
 ) -> None:
     own = write_tiny_chat(tmp_path / "own", seed=9)
     alone = start(own)
@@ -195,7 +210,9 @@ def test_a_model_with_weights_of_its_own_is_served_beside_the_base(
     assert ask(engine) == base
 
 
-def test_an_adapter_over_own_weights_answers_with_both(engine: TorchEngine, tmp_path: Path) -> None:
+def test_an_adapter_over_own_weights_answers_with_both(
+    engine: BatchEngine, tmp_path: Path, start: Start
+) -> None:
     both = write_tiny_chat(tmp_path / "both", seed=9)
     whole = ask(engine, adapter=write_tiny_chat(tmp_path / "whole", seed=9))
     write_random_adapter(both, both / "adapter", seed=2)
@@ -208,7 +225,7 @@ def test_an_adapter_over_own_weights_answers_with_both(engine: TorchEngine, tmp_
 
 
 def test_models_with_own_weights_that_take_turns_are_read_once_each(
-    engine: TorchEngine, tmp_path: Path
+    engine: BatchEngine, tmp_path: Path
 ) -> None:
     owns = [write_tiny_chat(tmp_path / str(seed), seed=seed) for seed in (7, 8)]
     answers = [ask(engine, adapter=own) for own in (*owns, *owns)]
@@ -226,7 +243,7 @@ def test_what_is_over_the_bytes_for_own_weights_is_read_again(folder: Path, tmp_
 
 
 def test_a_damaged_adapter_fails_its_requests_only(
-    engine: TorchEngine, artifacts: list[Path], tmp_path: Path
+    engine: BatchEngine, artifacts: list[Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(artifacts[0], broken)
@@ -241,7 +258,7 @@ def test_a_damaged_adapter_fails_its_requests_only(
     assert ask(engine, adapter=artifacts[0]) != base
 
 
-def test_an_adapter_of_another_model_is_refused(engine: TorchEngine, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(engine: BatchEngine, tmp_path: Path) -> None:
     other = write_tiny_chat(tmp_path / "other", hidden_size=32)
     adapter = write_random_adapter(other, tmp_path / "adapter")
     base = ask(engine)
@@ -250,7 +267,7 @@ def test_an_adapter_of_another_model_is_refused(engine: TorchEngine, tmp_path: P
     assert ask(engine) == base
 
 
-def test_a_stop_sequence_ends_the_text_before_it(shared: TorchEngine) -> None:
+def test_a_stop_sequence_ends_the_text_before_it(shared: BatchEngine) -> None:
     whole = ask(shared)
     stop = whole.text[20:24]
     found = ask(shared, SamplingParams(temperature=0, max_tokens=60, stop=("\0", stop)))
@@ -259,7 +276,7 @@ def test_a_stop_sequence_ends_the_text_before_it(shared: TorchEngine) -> None:
     assert found.output_tokens < whole.output_tokens
 
 
-def test_no_piece_of_a_stop_sequence_is_ever_released(shared: TorchEngine) -> None:
+def test_no_piece_of_a_stop_sequence_is_ever_released(shared: BatchEngine) -> None:
     whole = ask(shared)
     stop = whole.text[20:26]
     sampling = SamplingParams(temperature=0, max_tokens=60, stop=(stop,))
@@ -269,14 +286,14 @@ def test_no_piece_of_a_stop_sequence_is_ever_released(shared: TorchEngine) -> No
     assert told == last.text == whole.text[: whole.text.index(stop)]
 
 
-def test_text_held_back_for_a_stop_sequence_is_not_lost(shared: TorchEngine) -> None:
+def test_text_held_back_for_a_stop_sequence_is_not_lost(shared: BatchEngine) -> None:
     whole = ask(shared)
     stop = whole.text[-3:] + "and more"
     found = ask(shared, SamplingParams(temperature=0, max_tokens=60, stop=(stop,)))
     assert found == whole
 
 
-def test_a_seed_repeats_an_answer(shared: TorchEngine) -> None:
+def test_a_seed_repeats_an_answer(shared: BatchEngine) -> None:
     def drawn(seed: int | None) -> str:
         return ask(shared, SamplingParams(temperature=1.0, max_tokens=40, seed=seed)).text
 
@@ -285,7 +302,7 @@ def test_a_seed_repeats_an_answer(shared: TorchEngine) -> None:
     assert drawn(None) != drawn(None)
 
 
-def test_max_tokens_ends_an_answer_with_length(shared: TorchEngine) -> None:
+def test_max_tokens_ends_an_answer_with_length(shared: BatchEngine) -> None:
     whole = ask(shared)
     for count in (1, 2, 5):
         found = ask(shared, SamplingParams(temperature=0, max_tokens=count))
@@ -294,7 +311,7 @@ def test_max_tokens_ends_an_answer_with_length(shared: TorchEngine) -> None:
 
 
 def test_the_end_token_ends_an_answer_with_stop(
-    tmp_path: Path, shared: TorchEngine, folder: Path
+    tmp_path: Path, shared: BatchEngine, folder: Path, start: Start
 ) -> None:
     prompt = shared.renderer.render_prompt(HELLO)
     end = shared.renderer.end_token_ids[0]
@@ -310,7 +327,7 @@ def test_the_end_token_ends_an_answer_with_stop(
 
 
 def test_log_probabilities_belong_to_the_tokens_of_the_text(
-    shared: TorchEngine, folder: Path
+    shared: BatchEngine, folder: Path
 ) -> None:
     found = ask(shared, SamplingParams(temperature=0, max_tokens=8, logprobs=True))
     assert found.logprobs is not None
@@ -318,11 +335,15 @@ def test_log_probabilities_belong_to_the_tokens_of_the_text(
     prompt = shared.renderer.render_prompt(HELLO)
     reference = load_reference(folder)
     scores = torch.log_softmax(reference(input_ids=torch.tensor([prompt])).logits[0, -1], 0)
-    assert found.logprobs[0].logprob == pytest.approx(float(scores.max()), abs=1e-4)
+    assert found.logprobs[0].logprob == pytest.approx(
+        float(scores.max()), abs=1e-4 if computes_in_float32(shared) else 0.05
+    )
     assert ask(shared, SamplingParams(temperature=0, max_tokens=8)).logprobs is None
 
 
-def test_a_prompt_longer_than_a_step_is_answered_as_a_whole(folder: Path, tmp_path: Path) -> None:
+def test_a_prompt_longer_than_a_step_is_answered_as_a_whole(
+    folder: Path, tmp_path: Path, start: Start
+) -> None:
     long = write_tiny_chat(tmp_path / "long", max_position_embeddings=2048)
     messages = (Message("user", "All work and no play. " * 60),)
     engine = start(long)
@@ -331,14 +352,16 @@ def test_a_prompt_longer_than_a_step_is_answered_as_a_whole(folder: Path, tmp_pa
         prompt = engine.renderer.render_prompt(messages)
     finally:
         engine.close()
-    assert found.input_tokens == len(prompt) > 2 * PREFILL_TOKENS
+    assert found.input_tokens == len(prompt) > 2 * MAX_ROWS
     end = engine.renderer.end_token_ids[0]
     ids = reference_ids(load_reference(long), prompt, 10, end=end)
-    assert found.text == engine.renderer.decode(ids)
+    if computes_in_float32(engine):
+        assert found.text == engine.renderer.decode(ids)
+    assert engine.stats().num_passes >= found.input_tokens // MAX_ROWS + found.output_tokens
 
 
 def test_a_prompt_and_answer_beyond_the_context_are_refused_with_both_numbers(
-    shared: TorchEngine,
+    shared: BatchEngine,
 ) -> None:
     length = shared.count_tokens(HELLO)
     fits = SamplingParams(temperature=0, max_tokens=CONTEXT - length)
@@ -349,14 +372,14 @@ def test_a_prompt_and_answer_beyond_the_context_are_refused_with_both_numbers(
         assert str(number) in caught.value.message
 
 
-def test_without_max_tokens_the_answer_may_fill_the_context(shared: TorchEngine) -> None:
+def test_without_max_tokens_the_answer_may_fill_the_context(shared: BatchEngine) -> None:
     found = ask(shared, SamplingParams(temperature=0))
     assert found.finish_reason == "stop" or found.input_tokens + found.output_tokens == CONTEXT
     with pytest.raises(ValidationException, match="Shorten the prompt"):
         ask(shared, SamplingParams(), (Message("user", "x" * CONTEXT),))
 
 
-def test_messages_the_template_cannot_show_are_refused(shared: TorchEngine) -> None:
+def test_messages_the_template_cannot_show_are_refused(shared: BatchEngine) -> None:
     with pytest.raises(ValidationException):
         ask(shared, messages=())
     with pytest.raises(ValidationException):
@@ -364,7 +387,7 @@ def test_messages_the_template_cannot_show_are_refused(shared: TorchEngine) -> N
 
 
 def test_a_cancelled_request_gets_no_further_event_and_frees_its_place(
-    engine: TorchEngine,
+    engine: BatchEngine,
 ) -> None:
     held = Held()
     number = engine.submit(GenerationRequest(HELLO, SamplingParams(temperature=0)), held)
@@ -378,14 +401,14 @@ def test_a_cancelled_request_gets_no_further_event_and_frees_its_place(
     assert engine.stats().num_active == 0
 
 
-def test_a_request_that_takes_too_long_times_out(engine: TorchEngine) -> None:
+def test_a_request_that_takes_too_long_times_out(engine: BatchEngine) -> None:
     request = GenerationRequest(HELLO, GREEDY, timeout_seconds=0)
     (event,) = stream(engine, request)
     assert isinstance(event, ModelTimeoutException)
     assert ask(engine).output_tokens > 0
 
 
-def test_a_full_queue_is_throttled_and_then_works_again(folder: Path) -> None:
+def test_a_full_queue_is_throttled_and_then_works_again(folder: Path, start: Start) -> None:
     engine = start(folder, max_waiting=2)
     held = Held()
     try:
@@ -402,7 +425,7 @@ def test_a_full_queue_is_throttled_and_then_works_again(folder: Path) -> None:
         engine.close()
 
 
-def test_a_short_request_does_not_wait_for_a_long_one(engine: TorchEngine) -> None:
+def test_a_short_request_does_not_wait_for_a_long_one(engine: BatchEngine) -> None:
     held = Held()
     engine.submit(GenerationRequest(HELLO, SamplingParams(temperature=0, max_tokens=400)), held)
     assert held.begun.wait(SECONDS)
@@ -412,7 +435,7 @@ def test_a_short_request_does_not_wait_for_a_long_one(engine: TorchEngine) -> No
     assert not any(isinstance(event, Generation) for event in held.events)
 
 
-def test_waiting_requests_are_answered_in_their_order(engine: TorchEngine) -> None:
+def test_waiting_requests_are_answered_in_their_order(engine: BatchEngine) -> None:
     held = Held()
     engine.submit(GenerationRequest(HELLO, GREEDY), held)
     assert held.begun.wait(SECONDS)
@@ -429,7 +452,7 @@ def test_waiting_requests_are_answered_in_their_order(engine: TorchEngine) -> No
     assert order == sorted(order)
 
 
-def test_closing_ends_what_is_being_answered_with_an_error(folder: Path) -> None:
+def test_closing_ends_what_is_being_answered_with_an_error(folder: Path, start: Start) -> None:
     engine = start(folder)
     held = Held()
     engine.submit(GenerationRequest(HELLO, SamplingParams(temperature=0)), held)
@@ -447,7 +470,7 @@ def test_closing_ends_what_is_being_answered_with_an_error(folder: Path) -> None
 
 
 @pytest.mark.parametrize("kind", [TokenEvent, object], ids=["a token", "every event"])
-def test_a_failure_nobody_foresaw_ends_one_request_only(engine: TorchEngine, kind: type) -> None:
+def test_a_failure_nobody_foresaw_ends_one_request_only(engine: BatchEngine, kind: type) -> None:
     def fail(event: Event) -> None:
         if isinstance(event, kind):
             raise ZeroDivisionError
@@ -459,7 +482,7 @@ def test_a_failure_nobody_foresaw_ends_one_request_only(engine: TorchEngine, kin
 
 
 def test_scores_that_are_not_numbers_fail_the_request(
-    engine: TorchEngine, folder: Path, tmp_path: Path
+    engine: BatchEngine, folder: Path, tmp_path: Path
 ) -> None:
     adapter = write_random_adapter(folder, tmp_path / "nan", size=float("inf"))
     with pytest.raises(ModelErrorException, match="not finite"):
@@ -467,7 +490,7 @@ def test_scores_that_are_not_numbers_fail_the_request(
     assert ask(engine).output_tokens > 0
 
 
-def test_figures_count_what_was_done(engine: TorchEngine) -> None:
+def test_figures_count_what_was_done(engine: BatchEngine) -> None:
     assert engine.stats().num_requests == 0
     found = ask(engine)
     wait_for(lambda: engine.stats().num_requests == 1)
@@ -475,3 +498,97 @@ def test_figures_count_what_was_done(engine: TorchEngine) -> None:
     assert (stats.input_tokens, stats.output_tokens) == (found.input_tokens, found.output_tokens)
     assert (stats.num_active, stats.num_waiting) == (0, 0)
     assert 0 <= stats.idle_seconds < SECONDS
+
+
+@pytest.fixture
+def paged(folder: Path) -> Callable[..., BatchEngine]:
+    """Starts an engine on the compiled pass with so many bytes for pages."""
+    if not is_compiled():
+        pytest.skip("there is no C compiler")
+
+    def begin(max_page_bytes: int) -> BatchEngine:
+        backend = PagedBackend(folder, threads=1, max_page_bytes=max_page_bytes)
+        return BatchEngine(folder, threads=1, backend=backend)
+
+    return begin
+
+
+def test_where_pages_run_out_the_youngest_waits_and_all_answers_are_as_alone(
+    paged: Callable[..., BatchEngine], artifacts: list[Path]
+) -> None:
+    kinds = [None, *artifacts] * 2
+    sampling = SamplingParams(temperature=0, max_tokens=CONTEXT // 2)
+    engine = paged(1)  # which is as many as one request of the whole context needs
+    try:
+        alone = [ask(engine, sampling, adapter=kind) for kind in kinds]
+        held = Held()
+        engine.submit(GenerationRequest(HELLO, sampling), held)
+        assert held.begun.wait(SECONDS)
+        requests = [GenerationRequest(HELLO, sampling, str(k) if k else None) for k in kinds]
+        streams = [stream(engine, request) for request in requests]
+        held.let_go()
+        assert [list(events)[-1] for events in streams] == alone
+        assert engine.stats().num_preempted > 0
+        wait_for(lambda: engine.stats().num_active == 0)
+        assert engine._pool.num_available == engine._pool.num_pages
+    finally:
+        engine.close()
+
+
+def test_prompts_that_begin_alike_are_computed_once_and_answered_as_before(
+    paged: Callable[..., BatchEngine], artifacts: list[Path]
+) -> None:
+    engine = paged(2**20)
+    told = "Answer in one word. " * 8
+    prompts = [(Message("user", told + question),) for question in ("Why?", "How so?", "Who?")]
+    try:
+        first = [ask(engine, GREEDY, prompt) for prompt in prompts]
+        shared_tokens = engine.stats().prefix_tokens
+        assert shared_tokens >= 2 * (len(told) // 32 * 16)
+        ask(engine, GREEDY, prompts[0], artifacts[0])
+        assert engine.stats().prefix_tokens == shared_tokens  # another model's are not taken
+        fresh = paged(2**20)
+        try:
+            assert [ask(fresh, GREEDY, prompt) for prompt in reversed(prompts)] == first[::-1]
+        finally:
+            fresh.close()
+    finally:
+        engine.close()
+
+
+def test_of_prompts_that_come_together_the_common_beginning_is_computed_once(
+    paged: Callable[..., BatchEngine],
+) -> None:
+    engine = paged(2**20)
+    told = "Answer in one word. " * 8
+    held = Held()
+    try:
+        engine.submit(GenerationRequest(HELLO, GREEDY), held)
+        assert held.begun.wait(SECONDS)
+        streams = [
+            stream(engine, GenerationRequest((Message("user", f"{told}{n}"),), GREEDY))
+            for n in range(6)
+        ]
+        held.let_go()
+        answers = [list(events)[-1] for events in streams]
+        assert all(isinstance(answer, Generation) for answer in answers)
+        assert engine.stats().prefix_tokens >= 5 * (len(told) // 32 * 16)
+    finally:
+        engine.close()
+
+
+def test_an_adapter_waits_where_those_in_use_leave_no_room(
+    folder: Path, artifacts: list[Path], start: Start
+) -> None:
+    engine = start(folder, max_adapter_bytes=1)
+    held = Held()
+    try:
+        alone = [ask(engine, adapter=artifact) for artifact in artifacts]
+        engine.submit(GenerationRequest(HELLO, GREEDY, str(artifacts[0])), held)
+        assert held.begun.wait(SECONDS)
+        streams = [stream(engine, GenerationRequest(HELLO, GREEDY, str(a))) for a in artifacts]
+        held.let_go()
+        assert [list(events)[-1] for events in streams] == alone
+        assert engine.stats().num_adapters == 1
+    finally:
+        engine.close()

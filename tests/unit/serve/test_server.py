@@ -33,7 +33,7 @@ from outcrop.settings import Settings
 
 T = TypeVar("T")
 SECONDS = 60.0
-CONTEXT = 16_384
+CONTEXT = 131_072
 HELLO = (Message("user", "Hello there"),)
 SHORT = GenerationRequest(HELLO, SamplingParams(temperature=0, max_tokens=20))
 LONG = GenerationRequest(HELLO, SamplingParams(temperature=0, max_tokens=CONTEXT - 100))
@@ -89,7 +89,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     root = tmp_path_factory.mktemp("place")
-    folder = write_tiny_chat(root / "model", max_position_embeddings=CONTEXT)
+    folder = write_tiny_chat(root / "model", ends=False, max_position_embeddings=CONTEXT)
     settings = Settings(data_dir=root / "data")
     base = add_model(settings, folder, "tiny.chat-v1", license="none", family="llama")
     return Place(root / "data", folder, base.weights)

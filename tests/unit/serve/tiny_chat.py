@@ -34,8 +34,12 @@ TEMPLATE = (
 )
 
 
-def write_tiny_chat(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write a model of 262 tokens: 256 bytes, two merges, two control tokens and two spare ones."""
+def write_tiny_chat(folder: Path, seed: int = 0, *, ends: bool = True, **changes: Any) -> Path:
+    """Write a model of 262 tokens: 256 bytes, two merges, two control tokens and two spare ones.
+
+    Args:
+        ends: whether it can end an answer by itself.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*letters, "th", "he"])}
     tokenizer = Tokenizer(BPE(vocabulary, merges=[("t", "h"), ("h", "e")]))
@@ -48,7 +52,12 @@ def write_tiny_chat(folder: Path, seed: int = 0, **changes: Any) -> Path:
         "bos_token_id": None,
         "pad_token_id": None,
     }
-    tiny_model(seed, **(settings | changes)).save_pretrained(folder)
+    model: Any = tiny_model(seed, **(settings | changes))
+    if not ends:
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            with torch.no_grad():
+                table.weight[settings["eos_token_id"]] = 0.0
+    model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"eos_token": END, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,0 +1,840 @@
+/* One pass of a decoder over the rows of many sequences, all layers in one call.
+ *
+ * Rows are tokens: parts of prompts and the newest tokens of answers, side by side. Every matrix
+ * product takes all rows at once, each with the change of its own adapter; attention looks at each
+ * sequence's own pages. A row's arithmetic does not depend on the rows it shares a pass with, nor
+ * on the number of threads: each of its sums is taken in one and the same order.
+ *
+ * Matrices are bfloat16 in panels of 64 columns, [columns / 64][depth / 2][64][2]: two numbers of a
+ * column lie together, as VDPBF16PS multiplies them; other processors take two fused steps for it.
+ * The residual stream, norms, angles, scores and sums are float32.
+ *
+ * A page holds the keys and values of 16 tokens, of one layer and one group of heads that share
+ * them: keys as [head / 2][16][2], values as [16 / 2][head][2], so that either is the right side of
+ * such a product. A head is stored with its width rounded up to 16.
+ *
+ * Compiled on the machine it runs on (forward.py, which also says what the fields of the structs
+ * are); plain C with vectors of GCC and Clang. Not with -fassociative-math: order is a promise.
+ */
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#define PANEL 64     /* columns of a matrix that lie together */
+#define UNIT 16      /* columns of one vector */
+#define VECTORS 4    /* of a panel */
+#define ROWS 6       /* of a tile: 6 * 4 sums, 4 columns and a pair fit into 32 registers */
+#define PAGE 16      /* tokens */
+#define TILE 64      /* keys that attention looks at together */
+#define QUERY_TOKENS 8 /* tokens of a task of attention, at most */
+#define QUERY_ROWS 48  /* those, times the heads that share keys */
+#define MAX_HEAD 256
+
+typedef uint16_t half; /* bfloat16: the upper half of a float32 */
+typedef float vec __attribute__((vector_size(64), aligned(64)));
+typedef uint32_t words __attribute__((vector_size(64), aligned(64)));
+typedef int32_t ints __attribute__((vector_size(64), aligned(64)));
+typedef half halves __attribute__((vector_size(32), aligned(2)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ---- numbers ---- */
+
+INLINE vec all(float x) { return x - (vec){0}; }
+
+INLINE vec pick(ints which, vec a, vec b) {
+    return (vec)((which & (ints)a) | (~which & (ints)b));
+}
+
+INLINE vec greater(vec a, vec b) { return pick(a > b, a, b); }
+
+/* sum + the two products of a pair with each column's pair. */
+INLINE vec pairs(vec sum, uint32_t pair, words columns) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair),
+                                 (__m512bh)columns);
+#else
+    uint32_t bits[2] = {pair << 16, pair & 0xffff0000u};
+    float x[2];
+    memcpy(x, bits, sizeof x);
+    sum += all(x[0]) * (vec)(columns << 16);
+    sum += all(x[1]) * (vec)(columns & 0xffff0000u);
+    return sum;
+#endif
+}
+
+INLINE float widen(half x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+INLINE half narrow(float x) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (half)(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE halves narrows(vec x) {
+#ifdef __AVX512BF16__
+    return (halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    words bits = (words)x;
+    words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    ints wrong = x != x;
+    rounded = (words)((wrong & 0x7fc0) | (~wrong & (ints)rounded));
+    return __builtin_convertvector(rounded, halves);
+#endif
+}
+
+INLINE vec widens(halves x) { return (vec)(__builtin_convertvector(x, words) << 16); }
+
+/* exp(x) of numbers up to 88, with a relative error below 3e-7; below -87 it is as at -87. Reduced
+ * to +-ln(2)/2; there a polynomial of degree 6 with Cephes' coefficients does. */
+INLINE vec exponentials(vec x) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it drops the fraction */
+    x = greater(x, all(-87.0f));
+    vec n = (x * all(1.44269504088896341f) + all(to_integer)) - all(to_integer);
+    vec r = n * all(-0.693359375f) + x;
+    r = n * all(2.12194440e-4f) + r;
+    vec p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    vec value = p * (r * r) + (r + all(1.0f));
+    ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+    return value * (vec)power;
+}
+
+INLINE int64_t share(int64_t total, int64_t index, int64_t count) { return total * index / count; }
+
+/* ---- threads that meet ----
+ *
+ * Whoever waits looks for a while, then sleeps: looking is quicker, and where other processes want
+ * the cores, whoever never sleeps keeps the late thread from running. */
+
+typedef struct {
+    atomic_int arrived, sleeping;
+    atomic_uint phase; /* wraps around */
+    int count, looks;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+} gate;
+
+static void open_gate(gate *g, int count, int looks) {
+    memset(g, 0, sizeof *g);
+    g->count = count;
+    g->looks = looks;
+    pthread_mutex_init(&g->mutex, 0);
+    pthread_cond_init(&g->changed, 0);
+}
+
+static void close_gate(gate *g) {
+    pthread_cond_destroy(&g->changed);
+    pthread_mutex_destroy(&g->mutex);
+}
+
+INLINE void breathe(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void wait_while(gate *g, unsigned phase) {
+    for (int i = 0; i < g->looks; i++) {
+        if (atomic_load_explicit(&g->phase, memory_order_acquire) != phase) return;
+        breathe();
+    }
+    pthread_mutex_lock(&g->mutex);
+    atomic_fetch_add(&g->sleeping, 1);
+    while (atomic_load(&g->phase) == phase) pthread_cond_wait(&g->changed, &g->mutex);
+    atomic_fetch_sub(&g->sleeping, 1);
+    pthread_mutex_unlock(&g->mutex);
+}
+
+static void go_on(gate *g) {
+    atomic_fetch_add(&g->phase, 1);
+    if (atomic_load(&g->sleeping)) {
+        pthread_mutex_lock(&g->mutex);
+        pthread_cond_broadcast(&g->changed);
+        pthread_mutex_unlock(&g->mutex);
+    }
+}
+
+static void meet(gate *g) {
+    if (g->count == 1) return;
+    unsigned phase = atomic_load_explicit(&g->phase, memory_order_relaxed);
+    if (atomic_fetch_add(&g->arrived, 1) == g->count - 1) {
+        atomic_store_explicit(&g->arrived, 0, memory_order_relaxed);
+        go_on(g);
+    } else
+        wait_while(g, phase);
+}
+
+/* ---- what a pass is given: the same structs stand in forward.py ---- */
+
+enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
+
+typedef struct {
+    const float *norms[2], *qkv_bias, *query_norm, *key_norm;
+    const half *matrices[LINEARS];
+} layer;
+
+typedef struct {
+    const half *a[LINEARS], *b[LINEARS];
+} change_layer;
+
+typedef struct {
+    int64_t rank;
+    const change_layer *layers;
+} change;
+
+typedef struct {
+    int64_t layers, width, inner, heads, groups, head, vocabulary;
+    int64_t window;
+    double epsilon, scale;
+    const layer *layer;
+    const float *final_norm, *cosines, *sines;
+    const half *embedding, *lm_head;
+} model;
+
+typedef struct {
+    int64_t rows, changed, pages;
+} limits;
+
+typedef struct {
+    int64_t first_row, rows, first_position;
+    const int32_t *pages;
+    const change *adapter;
+} sequence;
+
+typedef struct {
+    int64_t rows, sequences, outputs;
+    const int32_t *tokens;
+    const sequence *sequence;
+    const int32_t *output_rows;
+    float *logits;
+    int32_t *best;
+    half *keys, *values;
+} pass;
+
+typedef struct {
+    const model *m;
+    const pass *p;
+    limits most;
+    int64_t padded; /* width of a head as it is stored */
+    int changed;    /* whether a row of this pass has an adapter */
+    float *x, *qkv;
+    half *h, *q, *y, *inner;
+    half *no_page;
+    int32_t *sequence_of;
+    atomic_int task;
+    gate inside, start;
+    int threads, ending;
+    pthread_t *handles;
+} engine;
+
+static const int64_t parts[LINEARS] = {3, 1, 2, 1};
+
+size_t forward_size(int64_t which) {
+    const size_t sizes[] = {sizeof(layer),  sizeof(change_layer), sizeof(change), sizeof(model),
+                            sizeof(limits), sizeof(sequence),     sizeof(pass)};
+    return sizes[which];
+}
+
+/* ---- matrix products ---- */
+
+/* out[R][V vectors] = the rows of x times V vectors of columns, over the depth in order. */
+#define TILE_OF(R, V)                                                                             \
+    static void tile_##R##_##V(const half *x, int64_t stride, const half *columns, int64_t depth, \
+                               float *out) {                                                      \
+        vec sums[R][V];                                                                           \
+        for (int i = 0; i < R; i++)                                                               \
+            for (int j = 0; j < V; j++) sums[i][j] = (vec){0};                                    \
+        for (int64_t k = 0; k < depth; k += 2) {                                                  \
+            words column[V];                                                                      \
+            for (int j = 0; j < V; j++)                                                           \
+                column[j] = *(const words *)(columns + k * PANEL + j * UNIT * 2);                 \
+            for (int i = 0; i < R; i++) {                                                         \
+                uint32_t pair;                                                                    \
+                memcpy(&pair, x + i * stride + k, sizeof pair);                                   \
+                for (int j = 0; j < V; j++) sums[i][j] = pairs(sums[i][j], pair, column[j]);      \
+            }                                                                                     \
+        }                                                                                         \
+        for (int i = 0; i < R; i++)                                                               \
+            for (int j = 0; j < V; j++) *(vec *)(out + i * PANEL + j * UNIT) = sums[i][j];        \
+    }
+#define TILES_OF(R) TILE_OF(R, 1) TILE_OF(R, 2) TILE_OF(R, 3) TILE_OF(R, 4)
+TILES_OF(1) TILES_OF(2) TILES_OF(3) TILES_OF(4) TILES_OF(5) TILES_OF(6)
+#define NAMES_OF(R) {tile_##R##_1, tile_##R##_2, tile_##R##_3, tile_##R##_4}
+typedef void (*tile_function)(const half *, int64_t, const half *, int64_t, float *);
+static const tile_function tile_of[ROWS][VECTORS] = {NAMES_OF(1), NAMES_OF(2), NAMES_OF(3),
+                                                     NAMES_OF(4), NAMES_OF(5), NAMES_OF(6)};
+
+enum { STORE, ADD, GATED };
+
+typedef struct {
+    int kind, linear, layer; /* linear: LINEARS where no adapter changes it */
+    const half *x, *matrix;
+    int64_t rows, depth, columns;
+    float *wide;  /* STORE, ADD: [rows][columns] */
+    half *narrow; /* GATED: [rows][columns / 2] */
+} product;
+
+/* Which part of an adapter's inner numbers changes a unit of columns. */
+static int64_t part_of(const model *m, int linear, int64_t unit) {
+    int64_t queries = m->heads * m->head, keys = m->groups * m->head, column = unit * UNIT;
+    if (linear == QKV) return column < queries ? 0 : column < queries + keys ? 1 : 2;
+    return linear == GATE_UP ? unit % VECTORS >= 2 : 0;
+}
+
+/* The sums of a row go on over its adapter's inner numbers: rounded once, as in training. */
+static void add_change(engine *e, const product *p, int64_t row, int64_t panel, int first,
+                       int count, float *out) {
+    const change *adapter = e->p->sequence[e->sequence_of[row]].adapter;
+    if (!adapter || !adapter->layers[p->layer].b[p->linear]) return;
+    const half *inner[VECTORS];
+    const half *columns = adapter->layers[p->layer].b[p->linear] + panel * adapter->rank * PANEL;
+    vec sums[VECTORS];
+    for (int j = first; j < first + count; j++) {
+        inner[j] = e->inner + row * e->most.changed +
+                   adapter->rank * part_of(e->m, p->linear, panel * VECTORS + j);
+        sums[j] = *(vec *)(out + j * UNIT);
+    }
+    for (int64_t k = 0; k < adapter->rank; k += 2)
+        for (int j = first; j < first + count; j++) {
+            uint32_t pair;
+            memcpy(&pair, inner[j] + k, sizeof pair);
+            sums[j] = pairs(sums[j], pair, *(const words *)(columns + k * PANEL + j * UNIT * 2));
+        }
+    for (int j = first; j < first + count; j++) *(vec *)(out + j * UNIT) = sums[j];
+}
+
+/* Some rows times some vectors of a panel, with what becomes of the result. */
+static void block(engine *e, const product *p, int64_t row, int64_t rows, int64_t panel, int first,
+                  int count) {
+    float tile[ROWS * PANEL] __attribute__((aligned(64)));
+    tile_of[rows - 1][count - 1](p->x + row * p->depth, p->depth,
+                                 p->matrix + panel * p->depth * PANEL + first * UNIT * 2, p->depth,
+                                 tile + first * UNIT);
+    if (p->linear != LINEARS && e->changed)
+        for (int64_t i = 0; i < rows; i++)
+            add_change(e, p, row + i, panel, first, count, tile + i * PANEL);
+    int64_t column = panel * PANEL + first * UNIT, width = count * UNIT;
+    if (column + width > p->columns) width = p->columns - column;
+    for (int64_t i = 0; i < rows; i++) {
+        const float *from = tile + i * PANEL + first * UNIT;
+        if (p->kind == GATED) { /* a whole panel: 32 columns of the gate, 32 of what it opens */
+            half *to = p->narrow + (row + i) * (p->columns / 2) + panel * (PANEL / 2);
+            for (int c = 0; c < PANEL / 2; c += UNIT) {
+                vec x = *(const vec *)(from + c), other = *(const vec *)(from + PANEL / 2 + c);
+                vec below = exponentials(pick(x < all(-88.0f), all(88.0f), -x));
+                *(halves *)(to + c) = narrows(x / (all(1.0f) + below) * other);
+            }
+            continue;
+        }
+        float *to = p->wide + (row + i) * p->columns + column;
+        if (p->kind == ADD)
+            for (int64_t c = 0; c < width; c++) to[c] += from[c];
+        else
+            for (int64_t c = 0; c < width; c++) to[c] = from[c];
+    }
+}
+
+static void multiply(engine *e, const product *p, int index) {
+    int64_t panels = (p->columns + PANEL - 1) / PANEL;
+    int64_t blocks = (p->rows + ROWS - 1) / ROWS;
+    if (blocks >= VECTORS) { /* many rows: whole panels, the last of a thread perhaps not all rows */
+        int64_t end = share(panels * blocks, index + 1, e->threads);
+        for (int64_t i = share(panels * blocks, index, e->threads); i < end; i++) {
+            int64_t row = share(p->rows, i % blocks, blocks);
+            block(e, p, row, share(p->rows, i % blocks + 1, blocks) - row, i / blocks, 0, VECTORS);
+        }
+        return;
+    }
+    int64_t grain = p->kind == GATED ? VECTORS : 1, total = panels * VECTORS / grain;
+    int64_t unit = share(total, index, e->threads) * grain;
+    int64_t end = share(total, index + 1, e->threads) * grain;
+    while (unit < end) {
+        int first = (int)(unit % VECTORS), count = VECTORS - first;
+        if (unit + count > end) count = (int)(end - unit);
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t row = share(p->rows, i, blocks);
+            block(e, p, row, share(p->rows, i + 1, blocks) - row, unit / VECTORS, first, count);
+        }
+        unit += count;
+    }
+}
+
+/* The inner numbers, x A, of the rows whose adapter changes this linear layer; then all meet. */
+static void prepare_change(engine *e, int number, int linear, const half *x, int64_t depth,
+                           int index) {
+    if (!e->changed) return;
+    int any = 0;
+    for (int64_t s = 0, task = 0; s < e->p->sequences; s++) {
+        const sequence *q = &e->p->sequence[s];
+        if (!q->adapter || !q->adapter->layers[number].a[linear]) continue;
+        any = 1;
+        int64_t units = (q->adapter->rank * parts[linear] + UNIT - 1) / UNIT;
+        int64_t panels = (units + VECTORS - 1) / VECTORS, blocks = (q->rows + ROWS - 1) / ROWS;
+        for (int64_t i = 0; i < panels * blocks; i++) {
+            if (task++ % e->threads != index) continue;
+            float tile[ROWS * PANEL] __attribute__((aligned(64)));
+            int64_t panel = i / blocks, left = units - panel * VECTORS;
+            int count = left > VECTORS ? VECTORS : (int)left;
+            int64_t row = q->first_row + share(q->rows, i % blocks, blocks);
+            int64_t rows = q->first_row + share(q->rows, i % blocks + 1, blocks) - row;
+            tile_of[rows - 1][count - 1](
+                x + row * depth, depth,
+                q->adapter->layers[number].a[linear] + panel * depth * PANEL, depth, tile);
+            for (int64_t r = 0; r < rows; r++)
+                for (int j = 0; j < count; j++)
+                    *(halves *)(e->inner + (row + r) * e->most.changed + panel * PANEL + j * UNIT) =
+                        narrows(*(vec *)(tile + r * PANEL + j * UNIT));
+        }
+    }
+    if (any) meet(&e->inside);
+}
+
+/* ---- norms, angles, pages ---- */
+
+static float squares(const float *x, int64_t width) {
+    float sums[UNIT] = {0}, total = 0;
+    int64_t i = 0;
+    for (; i + UNIT <= width; i += UNIT)
+        for (int j = 0; j < UNIT; j++) sums[j] += x[i + j] * x[i + j];
+    for (; i < width; i++) sums[0] += x[i] * x[i];
+    for (int j = 0; j < UNIT; j++) total += sums[j];
+    return total;
+}
+
+static void norm(const model *m, const float *x, const float *weight, half *out) {
+    float scale = 1.0f / sqrtf(squares(x, m->width) / (float)m->width + (float)m->epsilon);
+    for (int64_t i = 0; i < m->width; i++) out[i] = narrow(x[i] * scale * weight[i]);
+}
+
+static void norm_rows(engine *e, const float *weight, int index) {
+    const model *m = e->m;
+    int64_t end = share(e->p->rows, index + 1, e->threads);
+    for (int64_t r = share(e->p->rows, index, e->threads); r < end; r++)
+        norm(m, e->x + r * m->width, weight, e->h + r * m->width);
+}
+
+static void turn(const model *m, float *x, const float *weight, int64_t position) {
+    int64_t middle = m->head / 2;
+    const float *cosine = m->cosines + position * middle, *sine = m->sines + position * middle;
+    if (weight) {
+        float scale = 1.0f / sqrtf(squares(x, m->head) / (float)m->head + (float)m->epsilon);
+        for (int64_t i = 0; i < m->head; i++) x[i] *= scale * weight[i];
+    }
+    for (int64_t i = 0; i < middle; i++) {
+        float low = x[i], high = x[i + middle];
+        x[i] = low * cosine[i] - high * sine[i];
+        x[i + middle] = high * cosine[i] + low * sine[i];
+    }
+}
+
+INLINE half *page_of(const engine *e, half *cache, int32_t page, int64_t number, int64_t group) {
+    return cache + ((number * e->most.pages + page) * e->m->groups + group) * PAGE * e->padded;
+}
+
+/* Pages that begin in this pass are emptied: a value that is not there yet counts, times nought. */
+static void empty_pages(engine *e, int index) {
+    const model *m = e->m;
+    size_t bytes = (size_t)(m->groups * PAGE * e->padded) * sizeof(half);
+    for (int64_t s = 0, task = 0; s < e->p->sequences; s++) {
+        const sequence *q = &e->p->sequence[s];
+        int64_t page = (q->first_position + PAGE - 1) / PAGE;
+        for (; page * PAGE < q->first_position + q->rows; page++)
+            if (task++ % e->threads == index)
+                for (int64_t n = 0; n < m->layers; n++) {
+                    memset(page_of(e, e->p->keys, q->pages[page], n, 0), 0, bytes);
+                    memset(page_of(e, e->p->values, q->pages[page], n, 0), 0, bytes);
+                }
+    }
+}
+
+/* Turns queries and keys by their positions and puts keys and values into their pages. */
+static void place_rows(engine *e, int64_t number, int index) {
+    const model *m = e->m;
+    const layer *l = &m->layer[number];
+    int64_t queries = m->heads * m->head, keys = m->groups * m->head, columns = queries + 2 * keys;
+    int64_t end = share(e->p->rows, index + 1, e->threads);
+    for (int64_t r = share(e->p->rows, index, e->threads); r < end; r++) {
+        const sequence *s = &e->p->sequence[e->sequence_of[r]];
+        int64_t position = s->first_position + r - s->first_row, place = position % PAGE;
+        float *x = e->qkv + r * columns;
+        if (l->qkv_bias)
+            for (int64_t i = 0; i < columns; i++) x[i] += l->qkv_bias[i];
+        for (int64_t h = 0; h < m->heads; h++) turn(m, x + h * m->head, l->query_norm, position);
+        for (int64_t i = 0; i < queries; i++) e->q[r * queries + i] = narrow(x[i]);
+        for (int64_t g = 0; g < m->groups; g++) {
+            float *key = x + queries + g * m->head, *value = key + keys;
+            half *k = page_of(e, e->p->keys, s->pages[position / PAGE], number, g);
+            half *v = page_of(e, e->p->values, s->pages[position / PAGE], number, g);
+            turn(m, key, l->key_norm, position);
+            for (int64_t i = 0; i < m->head; i++) {
+                k[i / 2 * PAGE * 2 + place * 2 + i % 2] = narrow(key[i]);
+                v[place / 2 * e->padded * 2 + i * 2 + place % 2] = narrow(value[i]);
+            }
+        }
+    }
+}
+
+/* ---- attention: softmax over tiles of 64 keys, from the first on ---- */
+
+/* out[R][TILE] = the rows of queries times the keys of four pages. */
+#define SCORES_OF(R)                                                                              \
+    static void scores_##R(const half *const *q, const half *const *keys, int64_t head,           \
+                           float *out) {                                                          \
+        vec sums[R][4];                                                                           \
+        for (int i = 0; i < R; i++)                                                               \
+            for (int j = 0; j < 4; j++) sums[i][j] = (vec){0};                                    \
+        for (int64_t k = 0; k < head; k += 2) {                                                   \
+            words column[4];                                                                      \
+            for (int j = 0; j < 4; j++) column[j] = *(const words *)(keys[j] + k * PAGE);         \
+            for (int i = 0; i < R; i++) {                                                         \
+                uint32_t pair;                                                                    \
+                memcpy(&pair, q[i] + k, sizeof pair);                                             \
+                for (int j = 0; j < 4; j++) sums[i][j] = pairs(sums[i][j], pair, column[j]);      \
+            }                                                                                     \
+        }                                                                                         \
+        for (int i = 0; i < R; i++)                                                               \
+            for (int j = 0; j < 4; j++) *(vec *)(out + i * TILE + j * UNIT) = sums[i][j];         \
+    }
+/* out[R][V vectors] += the rows of weights times the values of four pages. */
+#define WEIGH_OF(R, V)                                                                            \
+    static void weigh_##R##_##V(const half *weights, const half *const *values, int64_t padded,   \
+                                float *out) {                                                     \
+        vec sums[R][V];                                                                           \
+        for (int i = 0; i < R; i++)                                                               \
+            for (int j = 0; j < V; j++) sums[i][j] = *(vec *)(out + i * padded + j * UNIT);       \
+        for (int64_t k = 0; k < TILE; k += 2) {                                                   \
+            words column[V];                                                                      \
+            for (int j = 0; j < V; j++)                                                           \
+                column[j] = *(const words *)(values[k / PAGE] + k % PAGE * padded + j * UNIT * 2);\
+            for (int i = 0; i < R; i++) {                                                         \
+                uint32_t pair;                                                                    \
+                memcpy(&pair, weights + i * TILE + k, sizeof pair);                               \
+                for (int j = 0; j < V; j++) sums[i][j] = pairs(sums[i][j], pair, column[j]);      \
+            }                                                                                     \
+        }                                                                                         \
+        for (int i = 0; i < R; i++)                                                               \
+            for (int j = 0; j < V; j++) *(vec *)(out + i * padded + j * UNIT) = sums[i][j];       \
+    }
+#define ATTEND_OF(R) SCORES_OF(R) WEIGH_OF(R, 1) WEIGH_OF(R, 2) WEIGH_OF(R, 3) WEIGH_OF(R, 4)
+ATTEND_OF(1) ATTEND_OF(2) ATTEND_OF(3) ATTEND_OF(4) ATTEND_OF(5) ATTEND_OF(6)
+#define WEIGHS_OF(R) {weigh_##R##_1, weigh_##R##_2, weigh_##R##_3, weigh_##R##_4}
+typedef void (*scores_function)(const half *const *, const half *const *, int64_t, float *);
+typedef void (*weigh_function)(const half *, const half *const *, int64_t, float *);
+static const scores_function scores_of[ROWS] = {scores_1, scores_2, scores_3,
+                                                scores_4, scores_5, scores_6};
+static const weigh_function weigh_of[ROWS][VECTORS] = {WEIGHS_OF(1), WEIGHS_OF(2), WEIGHS_OF(3),
+                                                       WEIGHS_OF(4), WEIGHS_OF(5), WEIGHS_OF(6)};
+
+/* What a row of queries has seen so far. */
+typedef struct {
+    const half *query;
+    int64_t position;
+    float most, total;
+} seen;
+
+/* Turns a row's scores into weights relative to the greatest so far, and corrects what it has. */
+static void weigh_row(const engine *e, seen *row, int64_t first_key, float *scores, half *weights,
+                      float *out) {
+    int64_t visible = row->position - first_key + 1, hidden = 0;
+    if (e->m->window) hidden = row->position - e->m->window + 1 - first_key;
+    if (visible < TILE || hidden > 0)
+        for (int64_t c = 0; c < TILE; c++)
+            if (c >= visible || c < hidden) scores[c] = -INFINITY;
+    vec tops = all(row->most), sums = {0};
+    float most = row->most, total = 0;
+    for (int c = 0; c < TILE; c += UNIT) tops = greater(*(vec *)(scores + c), tops);
+    for (int j = 0; j < UNIT; j++) most = tops[j] > most ? tops[j] : most;
+    if (most == -INFINITY) {
+        memset(weights, 0, TILE * sizeof *weights);
+        return;
+    }
+    vec scale = all((float)e->m->scale);
+    for (int c = 0; c < TILE; c += UNIT) {
+        vec score = *(vec *)(scores + c);
+        vec weight = exponentials((score - all(most)) * scale);
+        halves rounded = narrows(pick(score == all(-INFINITY), (vec){0}, weight));
+        *(halves *)(weights + c) = rounded;
+        sums += widens(rounded); /* of what is really multiplied, so that all weights sum to 1 */
+    }
+    for (int j = 0; j < UNIT; j++) total += sums[j];
+    if (most != row->most) {
+        vec factor = exponentials(all((row->most - most)) * scale);
+        if (row->most == -INFINITY) factor = (vec){0};
+        row->total *= factor[0];
+        for (int64_t c = 0; c < e->padded; c += UNIT) *(vec *)(out + c) *= factor;
+        row->most = most;
+    }
+    row->total += total;
+}
+
+static void attend(engine *e, int64_t number, const sequence *s, int64_t group, int64_t first,
+                   int64_t tokens) {
+    const model *m = e->m;
+    int64_t heads = m->heads / m->groups, rows = tokens * heads, width = m->heads * m->head;
+    float out[QUERY_ROWS * MAX_HEAD] __attribute__((aligned(64)));
+    float scores[QUERY_ROWS * TILE] __attribute__((aligned(64)));
+    half weights[QUERY_ROWS * TILE] __attribute__((aligned(64)));
+    const half *queries[QUERY_ROWS];
+    seen row[QUERY_ROWS];
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t token = first + i / heads, head = group * heads + i % heads;
+        queries[i] = e->q + (s->first_row + token) * width + head * m->head;
+        row[i] = (seen){queries[i], s->first_position + token, -INFINITY, 0};
+    }
+    memset(out, 0, (size_t)(rows * e->padded) * sizeof *out);
+    int64_t end = row[rows - 1].position + 1, key = 0;
+    if (m->window && row[0].position >= m->window)
+        key = (row[0].position - m->window + 1) / TILE * TILE;
+    for (; key < end; key += TILE) {
+        const half *keys[4], *values[4];
+        for (int p = 0; p < 4; p++) {
+            int there = key + p * PAGE < end;
+            int32_t page = there ? s->pages[key / PAGE + p] : 0;
+            keys[p] = there ? page_of(e, e->p->keys, page, number, group) : e->no_page;
+            values[p] = there ? page_of(e, e->p->values, page, number, group) : e->no_page;
+        }
+        for (int64_t i = 0; i < rows; i += ROWS) {
+            int64_t count = rows - i < ROWS ? rows - i : ROWS;
+            scores_of[count - 1](queries + i, keys, m->head, scores + i * TILE);
+        }
+        for (int64_t i = 0; i < rows; i++)
+            weigh_row(e, &row[i], key, scores + i * TILE, weights + i * TILE, out + i * e->padded);
+        for (int64_t i = 0; i < rows; i += ROWS)
+            for (int64_t c = 0; c < e->padded; c += VECTORS * UNIT) {
+                int64_t count = rows - i < ROWS ? rows - i : ROWS, left = (e->padded - c) / UNIT;
+                const half *from[4];
+                for (int p = 0; p < 4; p++) from[p] = values[p] + c * 2;
+                weigh_of[count - 1][(left > VECTORS ? VECTORS : left) - 1](
+                    weights + i * TILE, from, e->padded, out + i * e->padded + c);
+            }
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t token = first + i / heads, head = group * heads + i % heads;
+        half *to = e->h + (s->first_row + token) * width + head * m->head;
+        for (int64_t c = 0; c < m->head; c++)
+            to[c] = narrow(out[i * e->padded + c] / row[i].total);
+    }
+}
+
+/* Whoever is free takes the next task: long sequences take longer than short ones. */
+static void attention(engine *e, int64_t number) {
+    const model *m = e->m;
+    int64_t most = QUERY_ROWS / (m->heads / m->groups), task = 0;
+    if (most > QUERY_TOKENS) most = QUERY_TOKENS;
+    int64_t mine = atomic_fetch_add(&e->task, 1);
+    for (int64_t s = 0; s < e->p->sequences; s++) {
+        const sequence *q = &e->p->sequence[s];
+        for (int64_t first = 0; first < q->rows; first += most)
+            for (int64_t g = 0; g < m->groups; g++) {
+                if (task++ != mine) continue;
+                attend(e, number, q, g, first, q->rows - first < most ? q->rows - first : most);
+                mine = atomic_fetch_add(&e->task, 1);
+            }
+    }
+}
+
+/* ---- a pass ---- */
+
+static void embed(engine *e, int index) {
+    const model *m = e->m;
+    int64_t end = share(e->p->rows, index + 1, e->threads);
+    for (int64_t r = share(e->p->rows, index, e->threads); r < end; r++) {
+        int64_t token = e->p->tokens[r];
+        float *x = e->x + r * m->width;
+        const half *from = m->lm_head + token / PANEL * m->width * PANEL + token % PANEL * 2;
+        for (int64_t i = 0; i < m->width; i++)
+            x[i] = widen(m->embedding ? m->embedding[token * m->width + i]
+                                      : from[i / 2 * PANEL * 2 + i % 2]);
+    }
+}
+
+INLINE int is_odd(float x) { /* infinite or not a number */
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits & 0x7f800000u) == 0x7f800000u;
+}
+
+/* The likeliest token of each row of scores, the first of equal ones; -1 if one is not finite. */
+static void choose(engine *e, int index) {
+    int64_t words = e->m->vocabulary;
+    for (int64_t i = index; i < e->p->outputs; i += e->threads) {
+        const float *x = e->p->logits + i * words;
+        vec tops = all(-INFINITY);
+        ints odd = {0};
+        float most = -INFINITY;
+        int64_t w = 0, place = 0;
+        int any = 0;
+        for (; w + UNIT <= words; w += UNIT) {
+            vec score;
+            memcpy(&score, x + w, sizeof score);
+            tops = greater(score, tops);
+            odd |= ((ints)score & 0x7f800000) == 0x7f800000;
+        }
+        for (int j = 0; j < UNIT; j++) {
+            most = tops[j] > most ? tops[j] : most;
+            any |= odd[j];
+        }
+        for (; w < words; w++) {
+            most = x[w] > most ? x[w] : most;
+            any |= is_odd(x[w]);
+        }
+        while (!any && x[place] != most) place++;
+        e->p->best[i] = any ? -1 : (int32_t)place;
+    }
+}
+
+static void run_layer(engine *e, int number, int index) {
+    const model *m = e->m;
+    const layer *l = &m->layer[number];
+    int64_t rows = e->p->rows, width = m->heads * m->head;
+    int64_t columns = width + 2 * m->groups * m->head;
+    product qkv = {STORE, QKV, number, e->h, l->matrices[QKV], rows, m->width, columns, e->qkv, 0};
+    product out = {ADD, OUT, number, e->h, l->matrices[OUT], rows, width, m->width, e->x, 0};
+    product gate_up = {GATED, GATE_UP,  number,       e->h, l->matrices[GATE_UP],
+                       rows,  m->width, 2 * m->inner, 0,    e->y};
+    product down = {ADD, DOWN, number, e->y, l->matrices[DOWN], rows, m->inner, m->width, e->x, 0};
+
+    norm_rows(e, l->norms[0], index);
+    if (index == 0) atomic_store(&e->task, 0);
+    meet(&e->inside);
+    prepare_change(e, number, QKV, e->h, m->width, index);
+    multiply(e, &qkv, index);
+    meet(&e->inside);
+    place_rows(e, number, index);
+    meet(&e->inside);
+    attention(e, number);
+    meet(&e->inside);
+    prepare_change(e, number, OUT, e->h, width, index);
+    multiply(e, &out, index);
+    meet(&e->inside);
+    norm_rows(e, l->norms[1], index);
+    meet(&e->inside);
+    prepare_change(e, number, GATE_UP, e->h, m->width, index);
+    multiply(e, &gate_up, index);
+    meet(&e->inside);
+    prepare_change(e, number, DOWN, e->y, m->inner, index);
+    multiply(e, &down, index);
+    meet(&e->inside);
+}
+
+static void run(engine *e, int index) {
+    const model *m = e->m;
+    const pass *p = e->p;
+    embed(e, index);
+    empty_pages(e, index);
+    meet(&e->inside);
+    for (int number = 0; number < m->layers; number++) run_layer(e, number, index);
+    for (int64_t i = index; i < p->outputs; i += e->threads)
+        norm(m, e->x + p->output_rows[i] * m->width, m->final_norm, e->h + i * m->width);
+    meet(&e->inside);
+    product head = {STORE,    LINEARS,       0,         e->h, m->lm_head, p->outputs,
+                    m->width, m->vocabulary, p->logits, 0};
+    if (p->outputs) multiply(e, &head, index);
+    meet(&e->inside);
+    choose(e, index);
+    meet(&e->inside);
+}
+
+typedef struct {
+    engine *e;
+    int index;
+} worker;
+
+static void *work(void *argument) {
+    worker own = *(worker *)argument;
+    free(argument);
+    for (unsigned phase = 0;; phase++) {
+        wait_while(&own.e->start, phase);
+        if (own.e->ending) return 0;
+        run(own.e, own.index);
+    }
+}
+
+static void *room(int64_t bytes) {
+    void *found = 0;
+    if (posix_memalign(&found, 64, (size_t)(bytes + 63) / 64 * 64)) return 0;
+    return found;
+}
+
+void forward_close(engine *e) {
+    e->ending = 1;
+    go_on(&e->start);
+    for (int i = 1; i < e->threads; i++) pthread_join(e->handles[i], 0);
+    close_gate(&e->inside);
+    close_gate(&e->start);
+    void *rooms[] = {e->x, e->qkv, e->h, e->q, e->y, e->inner, e->no_page, e->sequence_of,
+                     e->handles};
+    for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) free(rooms[i]);
+    free(e);
+}
+
+/* Returns null where memory or a thread is refused. Models of the same shape may take turns. */
+engine *forward_open(const model *m, const limits *most, int64_t threads, int64_t looks) {
+    engine *e = calloc(1, sizeof *e);
+    if (!e) return 0;
+    int64_t width = m->heads * m->head, widest = width > m->width ? width : m->width;
+    e->m = m;
+    e->most = *most;
+    e->padded = (m->head + UNIT - 1) / UNIT * UNIT;
+    e->threads = 1;
+    open_gate(&e->inside, (int)threads, (int)looks);
+    open_gate(&e->start, (int)threads, (int)looks);
+    e->x = room(most->rows * m->width * 4);
+    e->qkv = room(most->rows * (width + 2 * m->groups * m->head) * 4);
+    e->h = room(most->rows * widest * 2);
+    e->q = room(most->rows * width * 2);
+    e->y = room(most->rows * m->inner * 2);
+    e->inner = room(most->rows * most->changed * 2);
+    e->no_page = room(PAGE * e->padded * 2);
+    e->sequence_of = room(most->rows * 4);
+    e->handles = calloc((size_t)threads, sizeof *e->handles);
+    if (!e->x || !e->qkv || !e->h || !e->q || !e->y || !e->inner || !e->no_page ||
+        !e->sequence_of || !e->handles) {
+        forward_close(e);
+        return 0;
+    }
+    memset(e->no_page, 0, (size_t)(PAGE * e->padded) * 2);
+    for (; e->threads < threads; e->threads++) {
+        worker *w = malloc(sizeof *w);
+        if (w) *w = (worker){e, e->threads};
+        if (!w || pthread_create(&e->handles[e->threads], 0, work, w)) {
+            free(w);
+            forward_close(e);
+            return 0;
+        }
+    }
+    return e;
+}
+
+void forward_run(engine *e, const model *m, const pass *p) {
+    e->m = m;
+    e->p = p;
+    e->changed = 0;
+    for (int64_t s = 0; s < p->sequences; s++) {
+        e->changed |= p->sequence[s].adapter != 0;
+        for (int64_t r = 0; r < p->sequence[s].rows; r++)
+            e->sequence_of[p->sequence[s].first_row + r] = (int32_t)s;
+    }
+    if (e->threads > 1) go_on(&e->start);
+    run(e, 0);
+}
