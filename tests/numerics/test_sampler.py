@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outcrop.serve.request import SamplingParams
-from outcrop.serve.sampler import distribution, logprob, new_generator, sample
+from outcrop.serve.sampler import distribution, logprobs, new_generator, sample
 
 DRAWS = 20_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0, 3.0])
@@ -138,5 +138,11 @@ def test_half_precision_scores_are_summed_in_full() -> None:
 
 def test_logprob_is_the_log_of_the_softmax() -> None:
     wanted = torch.log_softmax(LOGITS, 0)
-    for token, value in enumerate(wanted.tolist()):
-        assert logprob(LOGITS, token) == pytest.approx(value, abs=1e-5)
+    tokens = list(range(len(LOGITS)))
+    found = logprobs(LOGITS.expand(len(tokens), -1), tokens, top=3)
+    best = wanted.topk(3)
+    for (value, likeliest), true in zip(found, wanted.tolist(), strict=True):
+        assert value == pytest.approx(true, abs=1e-5)
+        assert [token for token, _ in likeliest] == best.indices.tolist()
+        assert [of for _, of in likeliest] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert logprobs(LOGITS[None], [0])[0][1] == []

@@ -29,17 +29,18 @@ class Part:
     first_position: int
     pages: Sequence[int]
     """From the sequence's first token on; they cover this part."""
-    wants_scores: bool
+    num_scores: int
+    """Of so many of its last tokens the scores of the tokens after them are wanted."""
     memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the token after a part."""
+    """Of the tokens after those that were asked for."""
 
-    logits_V: Tensor
-    best: int
-    """The likeliest token, the first of equal ones; -1 where scores are not finite numbers."""
+    logits_NV: Tensor
+    best: Sequence[int]
+    """The likeliest tokens, the first of equal ones; -1 where scores are not finite numbers."""
 
 
 class Backend(Protocol):
@@ -48,6 +49,10 @@ class Backend(Protocol):
     @property
     def max_context(self) -> int:
         """Tokens of prompt and answer together that the model can hold."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
 
     @property
     def max_rows(self) -> int:

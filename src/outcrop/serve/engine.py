@@ -41,7 +41,7 @@ from outcrop.serve.backend import Backend, Memory, Part, Scores
 from outcrop.serve.paged import PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
 from outcrop.serve.plain import PAGE_TOKENS, PlainBackend
-from outcrop.serve.prompt import fit_prompt, render_prompt
+from outcrop.serve.prompt import check_prompt, fit_prompt, render_prompt
 from outcrop.serve.request import Event, Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
 
@@ -128,6 +128,12 @@ class _Task:
         """Tokens that are to be computed before the next one can be drawn."""
         return len(self.sequence.ids) - self.sequence.num_computed
 
+    def num_scores(self, length: int) -> int:
+        """Return of how many of its next tokens the scores are wanted."""
+        if self.sequence.wants_prompt_scores and self.sequence.output_tokens == 0:
+            return length
+        return int(length == self.num_left)
+
     def is_late(self) -> bool:
         limit = self.request.timeout_seconds
         return limit is not None and time.monotonic() - self.started > limit
@@ -182,9 +188,23 @@ class BatchEngine:
         sampling = request.sampling
         with self._lock:
             self._check_room()
-        prompt_ids, max_tokens = fit_prompt(
-            self.renderer, request.messages, sampling, self.max_context
-        )
+        if request.prompt is None:
+            prompt_ids, max_tokens = fit_prompt(
+                self.renderer, request.messages, sampling, self.max_context
+            )
+        else:
+            prompt_ids, max_tokens = check_prompt(
+                self.renderer,
+                request.prompt,
+                sampling,
+                self.max_context,
+                self._backend.vocabulary,
+            )
+        if max(prompt_ids) >= self._backend.vocabulary:
+            raise ModelErrorException(
+                f"The tokenizer gives tokens up to {max(prompt_ids)}, but the model knows only "
+                f"{self._backend.vocabulary}."
+            )
         sequence = TokenSequence(
             prompt_ids, sampling, max_tokens, self.renderer.end_token_ids, self.renderer.tokenizer
         )
@@ -285,7 +305,7 @@ class BatchEngine:
                 self._fail(number, self._explain(task, error))
                 continue
             ids = task.sequence.ids
-            task.table = self._pool.open(task.scope, ids)
+            task.table = self._open(task)
             first = min(len(ids), task.sequence.num_computed + self._backend.max_rows)
             if self._active and not self._has_room(task, first):
                 self._pool.close(task.table)
@@ -294,6 +314,12 @@ class BatchEngine:
             with self._lock:
                 self._waiting.popleft()
                 self._active.append(number)
+
+    def _open(self, task: _Task) -> PageTable:
+        """Return the pages that a request takes over."""
+        if task.sequence.wants_prompt_scores:
+            return PageTable(scope=task.scope)
+        return self._pool.open(task.scope, task.sequence.ids)
 
     def _has_room(self, task: _Task, num_tokens: int) -> bool:
         """Whether there is a page for each active request beside those of a new one."""
@@ -319,7 +345,7 @@ class BatchEngine:
             task.sequence.num_computed += len(part.token_ids)
             self._pool.record(task.table, task.sequence.ids[: task.sequence.num_computed])
             if scores is not None:
-                self._accept(number, scores)
+                self._accept(number, part, scores)
 
     def _plan(self) -> tuple[list[int], list[Part]]:
         """Return who takes part in the next pass, and with which tokens."""
@@ -338,7 +364,7 @@ class BatchEngine:
                     token_ids=task.sequence.ids[first : first + length],
                     first_position=first,
                     pages=task.table.numbers,
-                    wants_scores=length == task.num_left,
+                    num_scores=task.num_scores(length),
                     memory=task.memory,
                 )
             )
@@ -366,13 +392,13 @@ class BatchEngine:
 
     def _waits_for_another(self, task: _Task, begun: set[bytes]) -> bool:
         """Return whether another prompt of this pass begins alike: then its pages come for free."""
-        if not self._backend.shares_pages:
-            return False
         sequence = task.sequence
+        if not self._backend.shares_pages or sequence.wants_prompt_scores:
+            return False
         if sequence.num_computed == len(task.table.numbers) * PAGE_TOKENS:
             # What others have computed since it became active.
             self._pool.close(task.table)
-            task.table = self._pool.open(task.scope, sequence.ids)
+            task.table = self._open(task)
             sequence.num_computed = len(task.table.numbers) * PAGE_TOKENS
         key = self._pool.next_key(task.table, sequence.ids)
         if key is None or task.num_left <= PAGE_TOKENS:
@@ -402,13 +428,15 @@ class BatchEngine:
             self._active.remove(number)
             self._waiting.appendleft(number)
 
-    def _accept(self, number: int, scores: Scores) -> None:
-        """Draw a request's next token and deliver what comes of it."""
+    def _accept(self, number: int, part: Part, scores: Scores) -> None:
+        """Draw a request's next token, once all before it is computed, and deliver what comes."""
         task = self._tasks[number]
         if task.cancelled:
             return
         try:
-            event = task.sequence.accept(scores)
+            if task.sequence.wants_prompt_scores and task.sequence.output_tokens == 0:
+                task.sequence.read_prompt(scores, part.first_position)
+            event = None if task.num_left else task.sequence.accept(scores)
             if event is not None:
                 task.deliver(event)
         except Exception as error:

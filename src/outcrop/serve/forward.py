@@ -220,8 +220,8 @@ class Rows:
     pages: ctypes.Array[ctypes.c_int32]
     """Its pages, by number, from its first token on; they cover this pass's rows."""
     adapter: PackedAdapter | None
-    wants_scores: bool
-    """Whether scores of the token after the last row are wanted."""
+    num_scores: int
+    """Of so many of its last rows the scores of the tokens after them are wanted."""
 
 
 class Forward:
@@ -254,7 +254,7 @@ class Forward:
         """Add rows to their sequences.
 
         Returns:
-            (logits_NV, best): for each part that wants scores, in order, the scores of the next
+            (logits_NV, best): for each row whose scores are wanted, in order, those of the next
             token, float32, and the likeliest one, or -1 where a score is not a finite number.
         """
         count = sum(len(part.token_ids) for part in parts)
@@ -262,7 +262,8 @@ class Forward:
         assert model.shape == self.shape
         tokens = (ctypes.c_int32 * count)(*(token for part in parts for token in part.token_ids))
         sequences = (_Sequence * len(parts))()
-        outputs, row = [], 0
+        outputs: list[int] = []
+        row = 0
         for place, part in enumerate(parts):
             adapter = None if part.adapter is None else part.adapter.address
             assert part.adapter is None or part.adapter.rank <= self.max_rank
@@ -271,8 +272,7 @@ class Forward:
                 row, length, part.first_position, ctypes.addressof(part.pages), adapter
             )
             row += length
-            if part.wants_scores:
-                outputs.append(row - 1)
+            outputs += range(row - part.num_scores, row)
         rows = (ctypes.c_int32 * len(outputs))(*outputs)
         best = (ctypes.c_int32 * len(outputs))()
         logits_NV = torch.empty(len(outputs), self.shape.vocabulary)

@@ -7,8 +7,8 @@ adapter fits either. One sequence at a time; knows nothing of text.
 
 Source: the arithmetic, rounding included, follows transformers' modeling_llama.
 
-Axis suffixes: T tokens of this pass, S tokens so far, D model width, N heads, G heads of keys and
-values, H width of a head, V vocabulary.
+Axis suffixes: T tokens of this pass, S tokens so far, D model width, N heads (of logits: tokens
+whose scores are wanted), G heads of keys and values, H width of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ class Network(Protocol):
     def new_cache(self) -> Any:
         """Return the memory of a new sequence."""
 
-    def forward(self, token_ids: Sequence[int], cache: Any) -> Tensor:
-        """Add the tokens to the sequence and return the scores for the next one, logits_V."""
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+
+    def forward(self, token_ids: Sequence[int], cache: Any, count: int = 1) -> Tensor:
+        """Add tokens to the sequence; return the scores after its last `count`, logits_NV."""
 
 
 def load_network(folder: Path, dtype: torch.dtype | None = None) -> Network:
@@ -209,6 +213,7 @@ class LlamaNetwork:
         heads = config["num_attention_heads"]
         self.head_width = config.get("head_dim") or config["hidden_size"] // heads
         self.max_context = config["max_position_embeddings"]
+        self.vocabulary = config["vocab_size"]
         with torch.device("meta"):
             self.module = _Llama(config, self.head_width)
         if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
@@ -229,8 +234,8 @@ class LlamaNetwork:
         return KeyValueCache(len(self._layers))
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], cache: KeyValueCache) -> Tensor:
-        """Add the tokens to the sequence and return the scores for the next one, logits_V."""
+    def forward(self, token_ids: Sequence[int], cache: KeyValueCache, count: int = 1) -> Tensor:
+        """Add tokens to the sequence; return the scores after its last `count`, logits_NV."""
         body = self.module.model
         start, end = cache.length, cache.length + len(token_ids)
         cos_TH, sin_TH = self._cos_SH[start:end], self._sin_SH[start:end]
@@ -252,7 +257,7 @@ class LlamaNetwork:
             gate_TI = nn.functional.silu(linear(mlp.gate_proj, h_TD))
             x_TD = x_TD + linear(mlp.down_proj, gate_TI * linear(mlp.up_proj, h_TD))
         cache.advance(len(token_ids))
-        return linear(self.module.lm_head, body.norm(x_TD[-1:]))[0]
+        return linear(self.module.lm_head, body.norm(x_TD[-count:]))
 
     def _heads(self, x_TD: Tensor) -> Tensor:
         return x_TD.view(x_TD.shape[0], -1, self.head_width).transpose(0, 1)
@@ -284,6 +289,7 @@ class GeneralNetwork:
         self.module: Any = module.to(default_device())
         config = self.module.config
         self.max_context = int(getattr(config, "max_position_embeddings", None) or 2048)
+        self.vocabulary = int(self.module.get_input_embeddings().weight.shape[0])
 
     def new_cache(self) -> Any:
         """Return the memory of a new sequence."""
@@ -292,16 +298,16 @@ class GeneralNetwork:
         return DynamicCache(config=self.module.config)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], cache: Any) -> Tensor:
-        """Add the tokens to the sequence and return the scores for the next one, logits_V."""
+    def forward(self, token_ids: Sequence[int], cache: Any, count: int = 1) -> Tensor:
+        """Add tokens to the sequence; return the scores after its last `count`, logits_NV."""
         device = self.module.get_input_embeddings().weight.device
         logits: Tensor = self.module(
             input_ids=torch.tensor([list(token_ids)], device=device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=count,
         ).logits
-        return logits[0, -1]
+        return logits[0, -count:]
 
 
 def linear(layer: nn.Module, x_TI: Tensor) -> Tensor:

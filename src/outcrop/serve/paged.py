@@ -93,6 +93,7 @@ class PagedBackend:
         shape = read_shape(config)
         assert shape is not None
         self._shape, self._inner = shape, int(config["intermediate_size"])
+        self.vocabulary = shape.vocabulary
         self.max_context = int(config["max_position_embeddings"])
         # One request must always fit, however long.
         most = max(max_page_bytes // shape.page_bytes, -(-self.max_context // PAGE_TOKENS))
@@ -163,9 +164,12 @@ class PagedBackend:
             model = self._own[own].model if own else self._base
             rows = [self._rows(parts[place]) for place in places]
             logits_NV, best = self._forward.run(model, rows)
-            wanted = [place for place in places if parts[place].wants_scores]
-            for place, logits_V, token in zip(wanted, logits_NV, best, strict=True):
-                found[place] = Scores(logits_V, token)
+            first = 0
+            for place in places:
+                if count := parts[place].num_scores:
+                    last = first + count
+                    found[place] = Scores(logits_NV[first:last], best[first:last])
+                    first = last
         return found
 
     def close(self) -> None:
@@ -178,7 +182,7 @@ class PagedBackend:
             own = self._own.get(part.artifact)
             adapter = own.adapter if own else self._adapters[part.artifact]
         pages = pages_of(part.pages)
-        return Rows(part.token_ids, part.first_position, pages, adapter, part.wants_scores)
+        return Rows(part.token_ids, part.first_position, pages, adapter, part.num_scores)
 
     def _pack_adapter(self, folder: Path) -> PackedAdapter:
         adapter = load_adapter(folder)

@@ -7,7 +7,6 @@ pages are only counted; an answer's arithmetic never depends on what else is ask
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -50,6 +49,7 @@ class PlainBackend:
         self._adapters = Adapters(network, dtype=dtype, max_bytes=max_adapter_bytes)
         self._threads = threads
         self.max_context = network.max_context
+        self.vocabulary = network.vocabulary
         self.max_rows = MAX_ROWS
         self.num_pages = -(-max(MAX_TOKENS, self.max_context) // PAGE_TOKENS)
 
@@ -96,8 +96,9 @@ class PlainBackend:
         network = self._adapters.use(part.artifact)
         if part.first_position == 0:
             part.memory.cache = network.new_cache()
-        logits_V = network.forward(part.token_ids, part.memory.cache)
-        if not part.wants_scores:
+        logits_NV = network.forward(part.token_ids, part.memory.cache, max(1, part.num_scores))
+        if not part.num_scores:
             return None
-        best = int(torch.argmax(logits_V)) if math.isfinite(float(logits_V.max())) else -1
-        return Scores(logits_V, best)
+        most_N, best_N = logits_NV.max(dim=-1)
+        finite_N = torch.isfinite(most_N)
+        return Scores(logits_NV, torch.where(finite_N, best_N, -1).tolist())

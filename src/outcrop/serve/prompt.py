@@ -63,6 +63,46 @@ def fit_prompt(
     return ids, wanted
 
 
+def check_prompt(
+    renderer: Renderer,
+    prompt: str | Sequence[int],
+    sampling: SamplingParams,
+    max_context: int,
+    vocabulary: int,
+) -> tuple[list[int], int]:
+    """Return a prompt's tokens that is taken as it stands, and how many may be drawn after it.
+
+    Raises:
+        ValidationException: it is empty, has a token that the model does not know, or does not fit
+            into `max_context` with the answer.
+    """
+    if isinstance(prompt, str):
+        most = max_context * renderer.tokenizer.longest_token
+        if len(prompt) > most:
+            raise ValidationException(
+                f"The prompt has {len(prompt):,} characters; {most:,} are the most that fit into "
+                f"the model's context of {max_context:,} tokens. Shorten the prompt."
+            )
+        ids = renderer.tokenizer.encode(prompt)
+    else:
+        ids = list(prompt)
+    if not ids:
+        raise ValidationException("The prompt is empty. Give at least one token.")
+    odd = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if odd is not None:
+        raise ValidationException(
+            f"The prompt has the token {odd}; the model knows those from 0 to {vocabulary - 1}."
+        )
+    wanted = max_context - len(ids) if sampling.max_tokens is None else sampling.max_tokens
+    if len(ids) + max(1, wanted) > max_context:
+        raise ValidationException(
+            f"The prompt has {len(ids)} tokens and up to {max(1, wanted)} are asked for as the "
+            f"answer, but the model's context holds {max_context} in all. Shorten the prompt or "
+            "ask for fewer tokens."
+        )
+    return ids, wanted
+
+
 def _shorten(
     renderer: Renderer, messages: Sequence[Message], sampling: SamplingParams, max_context: int
 ) -> Sequence[Message]:

@@ -36,7 +36,11 @@ class SamplingParams:
     seed: int | None = None
     """Makes the draws repeatable; None draws anew each time."""
     logprobs: bool = False
-    """Whether each token's log-probability is wanted."""
+    """Whether the log-probability of each token of the answer is wanted."""
+    prompt_logprobs: bool = False
+    """Whether that of each token of the prompt is wanted too."""
+    top_logprobs: int = 0
+    """Likeliest tokens that are told beside each of those."""
     truncate: Truncate = "none"
     """Which end of a prompt that is too long is cut off; "none" refuses it."""
 
@@ -46,11 +50,14 @@ class GenerationRequest:
     """One answer that is wanted."""
 
     messages: tuple[Message, ...]
+    """Rendered by the model's template; none where `prompt` is given."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: str | None = None
     """Folder of the custom model's artifact; None asks the base."""
     timeout_seconds: float | None = None
     """Counted from the arrival at the model server; None means the server's own limit."""
+    prompt: str | tuple[int, ...] | None = None
+    """What the model goes on with as it stands, as text or as tokens, instead of messages."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,14 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token of an answer."""
+    """One token of a prompt or an answer."""
 
     text: str
-    logprob: float
-    """Natural logarithm of its probability under the model, before temperature and cuts."""
+    logprob: float | None
+    """Natural logarithm of its probability under the model, before temperature and cuts; None of
+    the first token of a prompt."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest tokens in its place and theirs, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,11 @@ class Generation:
     stop_sequence: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     """None unless they were asked for; of all tokens drawn but the end token."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """None unless they were asked for; of all tokens of the prompt."""
 
+
+_LOGPROBS = ("logprobs", "prompt_logprobs")
 
 Event: TypeAlias = TokenEvent | Generation | ApiError
 
@@ -99,6 +113,7 @@ def request_to_json(request: GenerationRequest) -> bytes:
             "sampling": sampling,
             "adapter": request.adapter,
             "timeout_seconds": request.timeout_seconds,
+            "prompt": request.prompt,
         }
     )
 
@@ -110,12 +125,13 @@ def request_from_json(body: bytes) -> GenerationRequest:
         ValueError, KeyError, TypeError: the body is something else.
     """
     value = json.loads(body)
-    sampling = SamplingParams(**value["sampling"])
+    sampling, prompt = SamplingParams(**value["sampling"]), value["prompt"]
     return GenerationRequest(
         messages=_read_messages(value["messages"]),
         sampling=replace(sampling, stop=tuple(sampling.stop)),
         adapter=value["adapter"],
         timeout_seconds=value["timeout_seconds"],
+        prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
     )
 
 
@@ -134,10 +150,10 @@ def event_to_json(event: Event) -> bytes:
     if isinstance(event, TokenEvent):
         value: dict[str, Any] = {"event": "token", **vars(event)}
     elif isinstance(event, Generation):
-        logprobs = event.logprobs
         value = {"event": "done", **vars(event)}
-        if logprobs is not None:
-            value["logprobs"] = [[token.text, token.logprob] for token in logprobs]
+        for name in _LOGPROBS:
+            if (tokens := value[name]) is not None:
+                value[name] = [[token.text, token.logprob, token.top] for token in tokens]
     else:
         value = {
             "event": "error",
@@ -160,8 +176,12 @@ def event_from_json(line: bytes | str) -> Event:
     if kind == "token":
         return TokenEvent(**value)
     if kind == "done":
-        if value["logprobs"] is not None:
-            value["logprobs"] = tuple(TokenLogprob(*token) for token in value["logprobs"])
+        for name in _LOGPROBS:
+            if (tokens := value[name]) is not None:
+                value[name] = tuple(
+                    TokenLogprob(text, logprob, tuple((word, other) for word, other in top))
+                    for text, logprob, top in tokens
+                )
         return Generation(**value)
     if kind == "error":
         return _read_error(value)

@@ -6,12 +6,13 @@ exact. A seed fixes the draws, whatever else the process computes in between.
 
 Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv 1904.09751), for top-p.
 
-Axis suffixes: V vocabulary, K tokens that are kept.
+Axis suffixes: V vocabulary, K tokens that are kept, N rows of scores.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +85,26 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tens
     return ids_K, probabilities_K / probabilities_K.sum()
 
 
-def logprob(logits_V: Tensor, token: int) -> float:
-    """Return the natural logarithm of a token's probability at temperature 1, without cuts."""
-    scores_V = logits_V.float()
-    return float(scores_V[token] - torch.logsumexp(scores_V, dim=0))
+def logprobs(
+    logits_NV: Tensor, tokens: Sequence[int], top: int = 0
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Return the natural logarithms of tokens' probabilities at temperature 1, without cuts.
+
+    Args:
+        tokens: the one that came in each row.
+        top: likeliest tokens that are wanted of each row, with theirs; the likeliest first.
+    """
+    scores_NV = logits_NV.float()
+    totals_N = torch.logsumexp(scores_NV, dim=-1)
+    chosen_N = scores_NV[torch.arange(len(tokens)), torch.tensor(list(tokens))] - totals_N
+    values_NK, ids_NK = torch.topk(scores_NV, min(top, scores_NV.shape[-1]), dim=-1)
+    likeliest_NK = (values_NK - totals_N[:, None]).tolist()
+    return [
+        (chosen, list(zip(ids, likeliest, strict=True)))
+        for chosen, ids, likeliest in zip(
+            chosen_N.tolist(), ids_NK.tolist(), likeliest_NK, strict=True
+        )
+    ]
 
 
 def _sorted(ids_K: Tensor, values_K: Tensor, keep_K: Tensor) -> tuple[Tensor, Tensor]:

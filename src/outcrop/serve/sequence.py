@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from outcrop.errors import ModelErrorException
 from outcrop.models.tokenizer import IncrementalDecoder, Tokenizer
 from outcrop.serve.backend import Scores
 from outcrop.serve.request import FinishReason, Generation, SamplingParams, TokenEvent, TokenLogprob
-from outcrop.serve.sampler import is_greedy, logprob, new_generator, sample
+from outcrop.serve.sampler import is_greedy, logprobs, new_generator, sample
 from outcrop.serve.stop import StopScanner
 
 
@@ -41,7 +43,24 @@ class TokenSequence:
         self._scanner = StopScanner(sampling.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []
         self.output_tokens = 0
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether all scores of the prompt are wanted, so that none of it can be taken over."""
+        return self._sampling.prompt_logprobs
+
+    def read_prompt(self, scores: Scores, first: int) -> None:
+        """Take the scores of a part of the prompt, in the order of its parts.
+
+        Args:
+            first: place of the part's first token.
+        """
+        if first == 0:
+            self._prompt_logprobs = [TokenLogprob(self._tokenizer.decode(self.ids[:1]), None)]
+        following = self.ids[first + 1 : min(first + 1 + len(scores.best), self.input_tokens)]
+        self._prompt_logprobs += self._told(scores.logits_NV[: len(following)], following)
 
     def accept(self, scores: Scores) -> TokenEvent | Generation | None:
         """Draw the next token; returns released text, the finished answer, or None for neither.
@@ -49,20 +68,19 @@ class TokenSequence:
         Raises:
             ModelErrorException: the model's scores are not numbers.
         """
-        if scores.best < 0:
+        if scores.best[-1] < 0:
             raise ModelErrorException(
                 "The model's scores are not finite numbers, so no token can be drawn."
             )
         if is_greedy(self._sampling):
-            token = scores.best
+            token = scores.best[-1]
         else:
-            token = sample(scores.logits_V, self._sampling, self._generator)
+            token = sample(scores.logits_NV[-1], self._sampling, self._generator)
         self.output_tokens += 1
         if token in self._end_token_ids:
             return self._finish("stop", self._decoder.finish())
         if self._sampling.logprobs:
-            text = self._tokenizer.decode([token])
-            self._logprobs.append(TokenLogprob(text, logprob(scores.logits_V, token)))
+            self._logprobs += self._told(scores.logits_NV[-1:], [token])
         self.ids.append(token)
         text = self._decoder.push([token])
         if self.output_tokens >= self.max_tokens:
@@ -91,4 +109,14 @@ class TokenSequence:
             finish_reason=reason,
             stop_sequence=found,
             logprobs=tuple(self._logprobs) if self._sampling.logprobs else None,
+            prompt_logprobs=tuple(self._prompt_logprobs) if self.wants_prompt_scores else None,
         )
+
+    def _told(self, logits_NV: Tensor, tokens: Sequence[int]) -> list[TokenLogprob]:
+        if not tokens:
+            return []
+        decode, top = self._tokenizer.decode, self._sampling.top_logprobs
+        return [
+            TokenLogprob(decode([token]), own, tuple((decode([other]), of) for other, of in best))
+            for token, (own, best) in zip(tokens, logprobs(logits_NV, tokens, top), strict=True)
+        ]

@@ -50,7 +50,7 @@ def answers(network: Network) -> tuple[list[int], Tensor]:
     """The greedy answer, token by token with the cache, and the scores of each token."""
     cache, waiting, ids, scores = network.new_cache(), PROMPT, [], []
     for _ in range(COUNT):
-        scores.append(network.forward(waiting, cache).clone())
+        scores.append(network.forward(waiting, cache)[0].clone())
         waiting = [int(scores[-1].argmax())]
         ids += waiting
     return ids, torch.stack(scores)

@@ -341,6 +341,71 @@ def test_log_probabilities_belong_to_the_tokens_of_the_text(
     assert ask(shared, SamplingParams(temperature=0, max_tokens=8)).logprobs is None
 
 
+@pytest.mark.parametrize("length", [1, 2, 40, 700])
+def test_log_probabilities_of_a_prompt_are_those_of_the_model(
+    folder: Path, tmp_path: Path, start: Start, length: int
+) -> None:
+    long = write_tiny_chat(tmp_path / "long", max_position_embeddings=1024)
+    engine = start(long)
+    prompt = tuple((7 * place) % 250 for place in range(length))
+    sampling = SamplingParams(
+        temperature=0, max_tokens=2, prompt_logprobs=True, logprobs=True, top_logprobs=3
+    )
+    try:
+        for _ in range(2):  # nothing of it is taken over from the first time
+            request = GenerationRequest((), sampling, prompt=prompt)
+            found = list(stream(engine, request))[-1]
+            assert isinstance(found, Generation)
+            assert found.prompt_logprobs is not None
+            assert found.logprobs is not None
+            told = found.prompt_logprobs
+            assert (len(told), told[0].logprob) == (length, None)
+            with torch.no_grad():
+                logits = load_reference(long)(input_ids=torch.tensor([prompt])).logits[0]
+            scores = torch.log_softmax(logits, -1)
+            close = 1e-3 if computes_in_float32(engine) else 0.25
+            for place, token in enumerate(told[1:]):
+                assert token.logprob == pytest.approx(
+                    float(scores[place, prompt[place + 1]]), abs=close
+                )
+                assert token.top[0][1] == pytest.approx(float(scores[place].max()), abs=close)
+                assert [of for _, of in token.top] == sorted((of for _, of in token.top))[::-1]
+            assert found.logprobs[0].logprob == found.logprobs[0].top[0][1]
+            assert found.input_tokens == length
+    finally:
+        engine.close()
+
+
+def test_a_prompt_is_taken_as_it_stands_as_text_or_as_tokens(shared: BatchEngine) -> None:
+    text = "Hello there, what"
+    ids = tuple(shared.renderer.tokenizer.encode(text))
+    answers = []
+    for prompt in (text, ids):
+        request = GenerationRequest((), GREEDY, prompt=prompt)
+        answers.append(list(stream(shared, request))[-1])
+    assert answers[0] == answers[1]
+    assert isinstance(answers[0], Generation)
+    assert answers[0].input_tokens == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("", "empty"),
+        ((), "empty"),
+        ((1, 400), "the token 400"),
+        ((-1,), "the token -1"),
+        ((1,) * CONTEXT, f"{CONTEXT} tokens"),
+        ("x" * 100_000, "100,000 characters"),
+    ],
+)
+def test_a_prompt_that_cannot_be_taken_is_refused_with_the_reason(
+    shared: BatchEngine, prompt: str | tuple[int, ...], says: str
+) -> None:
+    with pytest.raises(ValidationException, match=says):
+        shared.submit(GenerationRequest((), GREEDY, prompt=prompt), lambda event: None)
+
+
 def test_a_prompt_longer_than_a_step_is_answered_as_a_whole(
     folder: Path, tmp_path: Path, start: Start
 ) -> None:

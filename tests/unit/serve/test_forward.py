@@ -131,7 +131,7 @@ def test_scores_are_those_of_transformers(name: str) -> None:
     wanted_TV = reference(model, ids)
     for first, last in ((0, 100), (100, 149), (149, 150)):
         ((scores_V,), (best,)) = passes.run(
-            whole, [Rows(ids[first:last], first, pages, None, wants_scores=True)]
+            whole, [Rows(ids[first:last], first, pages, None, num_scores=1)]
         )
         assert off(scores_V, wanted_TV[last - 1]) < CLOSE
         assert best == int(scores_V.argmax())
@@ -148,7 +148,7 @@ def test_scores_with_an_adapter_are_those_of_transformers(name: str) -> None:
     changed = pack_adapter(adapter, whole.shape, SERVED[name].config.intermediate_size)
     wanted_V = reference(model, tokens(40))[-1]
     passes = opened(whole)
-    ((scores_V,), _) = passes.run(whole, [Rows(tokens(40), 0, pages_of(range(3)), changed, True)])
+    ((scores_V,), _) = passes.run(whole, [Rows(tokens(40), 0, pages_of(range(3)), changed, 1)])
     assert off(plain_V, wanted_V) > 5 * CLOSE
     assert off(scores_V, wanted_V) < CLOSE
     passes.close()
@@ -175,7 +175,7 @@ def test_adapters_of_every_rank_and_on_some_layers_only(
     changed = pack_adapter(adapter, whole.shape, architecture.config.intermediate_size)
     passes = opened(whole)
     ids = tokens(30)
-    ((scores_V,), _) = passes.run(whole, [Rows(ids, 0, pages_of(range(2)), changed, True)])
+    ((scores_V,), _) = passes.run(whole, [Rows(ids, 0, pages_of(range(2)), changed, 1)])
     assert off(scores_V, reference(model, ids)[-1]) < CLOSE
     passes.close()
 
@@ -221,7 +221,7 @@ class Company:
     def alone(self, ids: Sequence[int], kind: int) -> Tensor:
         passes = opened(self.model, threads=1)
         scores_NV, _ = passes.run(
-            self.model, [Rows(ids, 0, pages_of(range(PAGES)), self.kinds[kind], True)]
+            self.model, [Rows(ids, 0, pages_of(range(PAGES)), self.kinds[kind], 1)]
         )
         passes.close()
         return scores_NV[0]
@@ -237,7 +237,7 @@ class Company:
             for place, (length, kind, parts) in enumerate(whole):
                 if turn < len(parts):
                     ids = tokens(length, seed=place)[done[place] : done[place] + parts[turn]]
-                    rows.append(Rows(ids, done[place], tables[place], self.kinds[kind], True))
+                    rows.append(Rows(ids, done[place], tables[place], self.kinds[kind], 1))
                     done[place] += parts[turn]
                     asked.append(place)
             scores_NV, _ = passes.run(self.model, rows)
@@ -274,7 +274,7 @@ def test_what_a_page_held_before_does_not_matter() -> None:
     model = packed(architecture, rounded(architecture))
     passes = opened(model)
     ids = tokens(21)
-    rows = [Rows(ids, 0, pages_of([3, 7]), None, True)]
+    rows = [Rows(ids, 0, pages_of([3, 7]), None, 1)]
     first, _ = passes.run(model, rows)
     for cache in (passes._keys, passes._values):
         cache.fill_(float("nan"))
@@ -289,9 +289,7 @@ def test_scores_that_are_not_finite_have_no_likeliest_token_and_spoil_no_other()
     architecture = SERVED["llama"]
     model = rounded(architecture)
     whole = packed(architecture, model)
-    wanted, _ = (passes := opened(whole)).run(
-        whole, [Rows(tokens(9), 0, pages_of([0]), None, True)]
-    )
+    wanted, _ = (passes := opened(whole)).run(whole, [Rows(tokens(9), 0, pages_of([0]), None, 1)])
     adapter = random_adapter(model)
     a_RI, b_OR = adapter.tensors["model.layers.0.mlp.up_proj"]
     spoilt = {"model.layers.0.mlp.up_proj": (a_RI, torch.full_like(b_OR, float("inf")))}
@@ -304,8 +302,8 @@ def test_scores_that_are_not_finite_have_no_likeliest_token_and_spoil_no_other()
         scores_NV, best = passes.run(
             whole,
             [
-                Rows(tokens(9), 0, pages_of([1]), broken, True),
-                Rows(tokens(9), 0, pages_of([2]), None, True),
+                Rows(tokens(9), 0, pages_of([1]), broken, 1),
+                Rows(tokens(9), 0, pages_of([2]), None, 1),
             ],
         )
         assert best[0] == -1
@@ -318,7 +316,7 @@ def test_models_of_one_shape_take_turns_on_the_same_pages() -> None:
     architecture = SERVED["llama"]
     models = [packed(architecture, rounded(architecture, seed)) for seed in (0, 1)]
     passes = opened(models[0])
-    rows = [Rows(tokens(9), 0, pages_of([place]), None, True) for place in (0, 1)]
+    rows = [Rows(tokens(9), 0, pages_of([place]), None, 1) for place in (0, 1)]
     found = [passes.run(models[place], [rows[place]])[0] for place in (0, 1)]
     assert not torch.equal(found[0], found[1])
     assert torch.equal(passes.run(models[0], [rows[1]])[0], found[0])

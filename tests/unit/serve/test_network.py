@@ -59,7 +59,7 @@ def greedy(network: Network, prompt: list[int], count: int) -> list[int]:
 
 
 def logits(network: Network, prompt: list[int]) -> Tensor:
-    return network.forward(prompt, network.new_cache())
+    return network.forward(prompt, network.new_cache())[0]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 150])
@@ -103,7 +103,7 @@ def test_a_prompt_in_parts_gives_the_scores_of_the_whole(
     cache = network.new_cache()
     start = 0
     for length in parts:
-        found = network.forward(PROMPT[start : start + length], cache)
+        found = network.forward(PROMPT[start : start + length], cache)[0]
         start += length
     torch.testing.assert_close(found, logits(network, PROMPT), atol=1e-4, rtol=1e-4)
 
@@ -113,7 +113,7 @@ def test_a_cache_grows_without_losing_what_it_holds(folder: Path) -> None:
     ids = [(7 * place) % 256 for place in range(420)]
     cache = network.new_cache()
     for token in ids:
-        found = network.forward([token], cache)
+        found = network.forward([token], cache)[0]
     torch.testing.assert_close(found, logits(network, ids), atol=1e-3, rtol=1e-3)
 
 

@@ -39,6 +39,8 @@ SAMPLING = st.builds(
     stop=st.lists(st.text(min_size=1)).map(tuple),
     seed=st.none() | st.integers(),
     logprobs=st.booleans(),
+    prompt_logprobs=st.booleans(),
+    top_logprobs=st.integers(0, 5),
     truncate=st.sampled_from(["none", "start", "end"]),
 )
 REQUESTS = st.builds(
@@ -47,8 +49,12 @@ REQUESTS = st.builds(
     sampling=SAMPLING,
     adapter=st.none() | st.text(),
     timeout_seconds=st.none() | NUMBERS,
+    prompt=st.none() | st.text() | st.lists(st.integers(0)).map(tuple),
 )
-LOGPROBS = st.lists(st.builds(TokenLogprob, st.text(), st.floats(-20, 0))).map(tuple)
+TOP = st.lists(st.tuples(st.text(), st.floats(-20, 0)), max_size=3).map(tuple)
+LOGPROBS = st.lists(
+    st.builds(TokenLogprob, st.text(), st.none() | st.floats(-20, 0), TOP), max_size=5
+).map(tuple)
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(TokenEvent, st.text(), st.integers(0), st.integers(0)),
     st.builds(
@@ -58,6 +64,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         st.integers(0),
         st.sampled_from(["stop", "length", "stop_sequence"]),
         st.none() | st.text(),
+        st.none() | LOGPROBS,
         st.none() | LOGPROBS,
     ),
 )

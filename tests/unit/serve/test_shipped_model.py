@@ -49,7 +49,7 @@ def test_the_likeliest_words_are_drawn_most(engine: BatchEngine) -> None:
 def test_its_scores_are_those_of_transformers(engine: BatchEngine) -> None:
     prompt = engine.renderer.render_prompt(FRANCE)
     network = load_network(smollm2_folder(), torch.float32)
-    found = network.forward(prompt, network.new_cache())
+    found = network.forward(prompt, network.new_cache())[0]
     reference = load_base(smollm2_folder(), torch.float32)
     with torch.inference_mode():
         wanted = reference(input_ids=torch.tensor([prompt])).logits[0, -1]

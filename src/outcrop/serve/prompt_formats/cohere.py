@@ -105,7 +105,7 @@ def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[s
 def _likelihoods(generation: Generation) -> dict[str, Any]:
     if generation.logprobs is None:
         return {}
-    logprobs = [token.logprob for token in generation.logprobs]
+    logprobs = [token.logprob for token in generation.logprobs if token.logprob is not None]
     return {
         # The mean, so that answers of different lengths compare.
         "likelihood": sum(logprobs) / len(logprobs) if logprobs else 0.0,
