@@ -43,6 +43,7 @@ from outcrop.train.portions import Portions
 from outcrop.train.prediction import ModelShape
 
 if TYPE_CHECKING:
+    from outcrop.evaluate.parity import Parity
     from outcrop.train.loop import TrainResult
     from outcrop.train.tuning import ThreadPlan
 
@@ -112,6 +113,7 @@ def run(
     stage.begin("training")
     # Here, because it brings torch and transformers: a job that fails before does not wait for
     # them, which takes seconds, and under load many.
+    from outcrop.evaluate.parity import check_parity
     from outcrop.models.compiled import kernel_folder
     from outcrop.models.kernels import keep_kernels_in
     from outcrop.train.device import choose_device
@@ -165,7 +167,14 @@ def run(
         raise
     reporter.finish(result.published_step)
     _check_stop(should_stop)
-    _publish(settings, engine, job, base, plan, result)
+    parity = check_parity(
+        folder, result.artifact, result.sample, threads=job.cores, should_stop=should_stop
+    )
+    logger.info(
+        "served as trained: the loss of %d records is %.4f, and was %.4f",
+        *(parity.num_records, parity.served_loss, parity.trained_loss),
+    )
+    _publish(settings, engine, job, base, plan, result, parity)
 
 
 class _Stages:
@@ -310,6 +319,7 @@ def _publish(
     base: BaseModel,
     plan: TrainPlan,
     result: TrainResult,
+    parity: Parity,
 ) -> None:
     """Move the artifact to its place, then make model and end of job visible in one transaction."""
     model_id = job.spec["customModelId"]
@@ -329,6 +339,7 @@ def _publish(
             [] if result.validation_loss is None else [{"validationLoss": result.validation_loss}]
         ),
         "publishedStep": result.published_step,
+        "servingParity": asdict(parity),
     }
     arn = custom_model_arn(job.region, job.account, base.customization_id, model_id)
     model = NewCustomModel(

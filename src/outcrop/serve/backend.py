@@ -59,6 +59,10 @@ class Backend(Protocol):
         """Tokens of a pass, at most."""
 
     @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+
+    @property
     def num_pages(self) -> int:
         """Pages for all sequences."""
 

@@ -38,9 +38,9 @@ from outcrop.errors import (
 )
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES
 from outcrop.serve.backend import Backend, Memory, Part, Scores
-from outcrop.serve.paged import PagedBackend, can_be_paged
+from outcrop.serve.paged import MAX_PAGE_BYTES, PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
-from outcrop.serve.plain import PAGE_TOKENS, PlainBackend
+from outcrop.serve.plain import PlainBackend
 from outcrop.serve.prompt import check_prompt, fit_prompt, render_prompt
 from outcrop.serve.request import Event, Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
@@ -168,7 +168,9 @@ class BatchEngine:
         )
         self.max_context = self._backend.max_context
         self._pool = PagePool(
-            self._backend.num_pages, PAGE_TOKENS, shares=self._backend.shares_pages
+            self._backend.num_pages,
+            self._backend.page_tokens,
+            shares=self._backend.shares_pages,
         )
         self._max_waiting = max_waiting
         self._lock = threading.Condition()
@@ -310,7 +312,7 @@ class BatchEngine:
             if self._active and not self._has_room(task, first):
                 self._pool.close(task.table)
                 return
-            task.sequence.num_computed = len(task.table.numbers) * PAGE_TOKENS
+            task.sequence.num_computed = len(task.table.numbers) * self._backend.page_tokens
             with self._lock:
                 self._waiting.popleft()
                 self._active.append(number)
@@ -323,7 +325,7 @@ class BatchEngine:
 
     def _has_room(self, task: _Task, num_tokens: int) -> bool:
         """Whether there is a page for each active request beside those of a new one."""
-        more = -(-num_tokens // PAGE_TOKENS) - len(task.table.numbers)
+        more = -(-num_tokens // self._backend.page_tokens) - len(task.table.numbers)
         return more + len(self._active) <= self._pool.num_available
 
     def _pass(self) -> None:
@@ -395,13 +397,13 @@ class BatchEngine:
         sequence = task.sequence
         if not self._backend.shares_pages or sequence.wants_prompt_scores:
             return False
-        if sequence.num_computed == len(task.table.numbers) * PAGE_TOKENS:
+        if sequence.num_computed == len(task.table.numbers) * self._backend.page_tokens:
             # What others have computed since it became active.
             self._pool.close(task.table)
             task.table = self._open(task)
-            sequence.num_computed = len(task.table.numbers) * PAGE_TOKENS
+            sequence.num_computed = len(task.table.numbers) * self._backend.page_tokens
         key = self._pool.next_key(task.table, sequence.ids)
-        if key is None or task.num_left <= PAGE_TOKENS:
+        if key is None or task.num_left <= self._backend.page_tokens:
             return False
         if key in begun:
             return True
@@ -501,14 +503,23 @@ def open_backend(
     threads: int,
     dtype: torch.dtype | None = None,
     max_adapter_bytes: int = MAX_ADAPTER_BYTES,
+    max_page_bytes: int = MAX_PAGE_BYTES,
 ) -> Backend:
     """Return what computes the model of a folder fastest on this machine.
 
+    Args:
+        max_page_bytes: for keys and values of all sequences, where they lie in pages; one of the
+            longest always fits.
     Raises:
         ModelError: the folder's weights cannot be used.
     """
     if can_be_paged(folder, dtype):
-        return PagedBackend(folder, threads=threads, max_adapter_bytes=max_adapter_bytes)
+        return PagedBackend(
+            folder,
+            threads=threads,
+            max_adapter_bytes=max_adapter_bytes,
+            max_page_bytes=max_page_bytes,
+        )
     return PlainBackend(folder, threads=threads, dtype=dtype, max_adapter_bytes=max_adapter_bytes)
 
 

@@ -73,6 +73,7 @@ class PagedBackend:
     """See `backend.Backend`."""
 
     shares_pages = True
+    page_tokens = PAGE_TOKENS
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class PlainBackend:
     """See `backend.Backend`."""
 
     shares_pages = False
+    page_tokens = PAGE_TOKENS
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ import torch
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested, TrainingError
 from outcrop.evaluate.likelihood import evaluate_likelihood, num_loss_tokens
+from outcrop.evaluate.parity import RecordLoss, record_losses
 from outcrop.models.artifact import folder_digest as folder_digest
 from outcrop.models.artifact import read_artifact
 from outcrop.models.kernels import are_compiled
@@ -79,6 +80,9 @@ class TrainResult:
     """Wall time of loading, training, validation and writing."""
     stopped_early: bool
     """Whether early stopping ended the run before its last step."""
+    sample: tuple[RecordLoss, ...]
+    """Losses of a few validation records, or training records where there are none, under the
+    model as it is published."""
     published_step: int
     """After how many steps the model was as it is published: with early stopping, where the
     validation loss was lowest, 0 being the base model; else after the last one."""
@@ -303,6 +307,12 @@ def train(
         if published_step != state.steps:
             run.restore_values(read_best(state, output))
             logger.info("the state after step %d was the best one", published_step)
+    sample = record_losses(
+        model,
+        validation or examples,
+        decoder=None if trainable.flat is None else trainable.flat.decoder,
+        should_stop=is_to_stop,
+    )
     artifact = output / ARTIFACT
     trainable.save(artifact, folder)
     return TrainResult(
@@ -314,6 +324,7 @@ def train(
         num_tokens=state.num_tokens,
         seconds=time.perf_counter() - started,
         stopped_early=state.steps < total_steps,
+        sample=sample,
         published_step=published_step,
     )
 

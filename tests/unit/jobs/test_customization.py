@@ -26,6 +26,7 @@ from outcrop.errors import (
     TrainingError,
     ValidationException,
 )
+from outcrop.evaluate import parity
 from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, new_id, role_arn
 from outcrop.jobs import artifacts, customization, reporting
@@ -133,6 +134,33 @@ def test_job_goes_stage_by_stage_to_its_model(
     assert load_adapter(settings.data_dir / model.artifact_path).tensors
     steps = objects.content[artifacts.step_metrics_object(OUTPUT, job.id)]
     assert len(steps.splitlines()) == 1 + 1, "8 of the 10 records are left: one batch"
+
+
+def test_model_is_published_with_what_serving_says_of_it(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    job = held(settings, engine)
+    customization.run(settings, engine, job, lambda: False, objects=objects)
+    with engine.connect() as connection:
+        model = models.get_model(connection, ACCOUNT, REGION, "mine")
+    assert model is not None
+    found = model.metrics["servingParity"]
+    assert found["served_loss"] == pytest.approx(found["trained_loss"], rel=0.02)
+    assert found["num_records"] == 2, "those that were split off"
+
+
+def test_model_that_is_not_served_as_it_was_trained_is_not_published(
+    settings: Settings, engine: Engine, objects: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = held(settings, engine)
+    served = parity._served_loss
+    monkeypatch.setattr(parity, "_served_loss", lambda *of: served(*of) + 1.0)
+    with pytest.raises(TrainingError, match=r"as served and .* as trained"):
+        customization.run(settings, engine, job, lambda: False, objects=objects)
+    with engine.connect() as connection:
+        assert models.get_model(connection, ACCOUNT, REGION, "mine") is None
+    assert not artifacts.model_folder(settings, job.spec["customModelId"], job.fence).exists()
+    assert status_of(engine, job) == "running", "whoever ran it says how it ended"
 
 
 def test_job_computes_with_the_cores_that_were_set_aside_for_it(
