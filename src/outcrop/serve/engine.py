@@ -308,8 +308,7 @@ class BatchEngine:
                 continue
             ids = task.sequence.ids
             task.table = self._open(task)
-            first = min(len(ids), task.sequence.num_computed + self._backend.max_rows)
-            if self._active and not self._has_room(task, first):
+            if self._active and not self._has_room(task, len(ids)):
                 self._pool.close(task.table)
                 return
             task.sequence.num_computed = len(task.table.numbers) * self._backend.page_tokens
