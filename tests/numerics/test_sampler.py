@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from outcrop.serve.forward import draw_token, is_compiled
 from outcrop.serve.request import SamplingParams
-from outcrop.serve.sampler import distribution, logprobs, new_generator, sample
+from outcrop.serve.sampler import Draw, distribution, logprobs, new_draw, new_generator, sample
+
+Take: TypeAlias = Callable[[Tensor, Draw], int]
 
 DRAWS = 20_000
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0, 3.0])
 SCORES = st.lists(
     st.sampled_from([-4.0, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 7.0]), min_size=1, max_size=12
 )
+
+
+KINDS = {"torch": sample, "compiled": draw_token}
+
+
+@pytest.fixture(params=KINDS)
+def take(request: pytest.FixtureRequest) -> Take:
+    """Draws a token, by torch or as a compiled pass does."""
+    if request.param == "compiled" and not is_compiled():
+        pytest.skip("there is no C compiler")
+    return KINDS[request.param]
+
+
+def drawn(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """Draw as a request does."""
+    draw = new_draw(params, generator)
+    return int(logits.argmax()) if draw is None else sample(logits, draw)
 
 
 def reference(logits: list[float], params: SamplingParams) -> dict[int, float]:
@@ -66,7 +89,7 @@ def test_many_draws_have_the_computed_probabilities(params: SamplingParams) -> N
     generator = new_generator(7)
     counts = [0] * len(LOGITS)
     for _ in range(DRAWS):
-        counts[sample(LOGITS, params, generator)] += 1
+        counts[drawn(LOGITS, params, generator)] += 1
     wanted = reference(LOGITS.tolist(), params)
     # Pearson's statistic; 25 is exceeded by chance once in 7,000 at 5 degrees of freedom.
     statistic = sum(
@@ -79,7 +102,7 @@ def test_many_draws_have_the_computed_probabilities(params: SamplingParams) -> N
 def test_temperature_zero_takes_the_likeliest_and_of_equals_the_first() -> None:
     logits = torch.tensor([0.0, 3.0, 3.0, -1.0])
     params = SamplingParams(temperature=0)
-    assert {sample(logits, params, new_generator(None)) for _ in range(20)} == {1}
+    assert {drawn(logits, params, new_generator(None)) for _ in range(20)} == {1}
 
 
 def test_equal_scores_at_the_cut_are_kept_in_the_order_of_their_ids() -> None:
@@ -95,7 +118,7 @@ def test_a_seed_repeats_the_draws_and_another_does_not() -> None:
 
     def draws(seed: int | None) -> list[int]:
         generator = new_generator(seed)
-        return [sample(LOGITS, params, generator) for _ in range(50)]
+        return [drawn(LOGITS, params, generator) for _ in range(50)]
 
     assert draws(3) == draws(3)
     assert draws(3) != draws(4)
@@ -107,11 +130,11 @@ def test_a_seed_repeats_the_draws_and_another_does_not() -> None:
 def test_draws_do_not_depend_on_what_else_the_process_draws() -> None:
     params = SamplingParams(temperature=1.0)
     first, second = new_generator(3), new_generator(3)
-    alone = [sample(LOGITS, params, first) for _ in range(20)]
+    alone = [drawn(LOGITS, params, first) for _ in range(20)]
     mixed = []
     for _ in range(20):
         torch.rand(3)
-        mixed.append(sample(LOGITS, params, second))
+        mixed.append(drawn(LOGITS, params, second))
     assert alone == mixed
 
 
@@ -146,3 +169,49 @@ def test_logprob_is_the_log_of_the_softmax() -> None:
         assert [token for token, _ in likeliest] == best.indices.tolist()
         assert [of for _, of in likeliest] == pytest.approx(best.values.tolist(), abs=1e-5)
     assert logprobs(LOGITS[None], [0])[0][1] == []
+
+
+NUMBERS = [0.0, 1e-9, 0.999999, *[(place + 0.5) / 40 for place in range(40)]]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.35, 0.62, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 5, 1000])
+@pytest.mark.parametrize("temperature", [0.2, 0.7, 1.0, 3.0])
+def test_each_number_draws_the_token_that_has_its_share(
+    take: Take, temperature: float, top_k: int | None, top_p: float
+) -> None:
+    for seed, size in ((1, 6), (2, 100), (3, 33)):
+        logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 2
+        logits[size // 2] = logits[0]  # two of equal score
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+        ids, probabilities = distribution(logits, params)
+        ends = probabilities.cumsum(0).tolist()
+        for number in NUMBERS:
+            if any(abs(number - end) < 1e-5 for end in ends):
+                continue
+            place = sum(end <= number for end in ends)
+            found = take(logits, Draw(temperature, top_p, top_k, number))
+            assert found == ids[min(place, len(ends) - 1)]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 5.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
+def test_a_token_is_drawn_at_every_extreme(
+    take: Take, temperature: float, scale: float, number: float
+) -> None:
+    logits = LOGITS * scale
+    for top_p, top_k in ((1.0, None), (0.5, None), (1.0, 2), (0.0, 3)):
+        token = take(logits, Draw(temperature, top_p, top_k, number))
+        assert 0 <= token < len(LOGITS)
+        if temperature < 1e-5:
+            assert token == 5
+
+
+def test_a_vocabulary_of_equal_scores_is_drawn_from_evenly(take: Take) -> None:
+    logits = torch.zeros(49_152)
+    for number in (0.0, 0.25, 0.75):
+        wanted = int(number * 49_152)
+        assert abs(take(logits, Draw(1.0, 1.0, None, number)) - wanted) <= 1
+        assert abs(take(logits, Draw(1.0, 0.5, None, number)) - wanted // 2) <= 1
+        assert abs(take(logits, Draw(1.0, 1.0, 1000, number)) - int(number * 1000)) <= 1

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from outcrop.serve.sampler import Draw
+
 
 @dataclass
 class Memory:
@@ -31,6 +33,8 @@ class Part:
     """From the sequence's first token on; they cover this part."""
     num_scores: int
     """Of so many of its last tokens the scores of the tokens after them are wanted."""
+    draw: Draw | None = None
+    """How the token after the last one is drawn; None takes the likeliest."""
     memory: Memory = field(default_factory=Memory)
 
 
@@ -39,8 +43,8 @@ class Scores:
     """Of the tokens after those that were asked for."""
 
     logits_NV: Tensor
-    best: Sequence[int]
-    """The likeliest tokens, the first of equal ones; -1 where scores are not finite numbers."""
+    chosen: Sequence[int]
+    """The tokens drawn, -1 where scores are not finite numbers."""
 
 
 class Backend(Protocol):

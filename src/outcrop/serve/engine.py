@@ -366,6 +366,7 @@ class BatchEngine:
                     first_position=first,
                     pages=task.table.numbers,
                     num_scores=task.num_scores(length),
+                    draw=task.sequence.next_draw() if length == task.num_left else None,
                     memory=task.memory,
                 )
             )

@@ -222,14 +222,25 @@ typedef struct {
 } sequence;
 
 typedef struct {
+    double temperature, top_p, number; /* temperature 0: the likeliest token */
+    int64_t top_k;                     /* 0: all */
+} draw;
+
+typedef struct {
     int64_t rows, sequences, outputs;
     const int32_t *tokens;
     const sequence *sequence;
     const int32_t *output_rows;
+    const draw *draws;      /* of each output */
     float *logits;
-    int32_t *best;
+    int32_t *chosen;
     half *keys, *values;
 } pass;
+
+typedef struct {
+    float score;
+    int32_t token;
+} candidate;
 
 typedef struct {
     const model *m;
@@ -240,6 +251,8 @@ typedef struct {
     float *x, *qkv;
     half *h, *q, *y, *inner;
     half *no_page;
+    float *weights;        /* [threads][vocabulary] */
+    candidate *candidates; /* likewise */
     int32_t *sequence_of;
     atomic_int task;
     gate inside, start;
@@ -251,7 +264,7 @@ static const int64_t parts[LINEARS] = {3, 1, 2, 1};
 
 size_t forward_size(int64_t which) {
     const size_t sizes[] = {sizeof(layer),  sizeof(change_layer), sizeof(change), sizeof(model),
-                            sizeof(limits), sizeof(sequence),     sizeof(pass)};
+                            sizeof(limits), sizeof(sequence),     sizeof(draw),   sizeof(pass)};
     return sizes[which];
 }
 
@@ -674,7 +687,78 @@ INLINE int is_odd(float x) { /* infinite or not a number */
     return (bits & 0x7f800000u) == 0x7f800000u;
 }
 
-/* The likeliest token of each row of scores, the first of equal ones; -1 if one is not finite. */
+static int compare(const void *left, const void *right) { /* likelier first, then by number */
+    const candidate *a = left, *b = right;
+    if (a->score != b->score) return a->score < b->score ? 1 : -1;
+    return (a->token > b->token) - (a->token < b->token);
+}
+
+/* A token drawn by one number in [0, 1): temperature, then the k likeliest, then the nucleus of what
+ * is left; tokens of equal score count in the order of their numbers. As sampler.py, which has the
+ * same in torch. Only tokens that may be in the nucleus are sorted, because sorting is what costs. */
+int32_t forward_draw(const float *x, int64_t words, float most, const draw *d, float *weights,
+                     candidate *found) {
+    int64_t w = 0, count = 0, kept = 0;
+    double total = 0, mass = 0, sum = 0, target;
+    float inverse = (float)(1.0 / (d->temperature > 1e-30 ? d->temperature : 1e-30));
+    for (; w + UNIT <= words; w += UNIT) {
+        vec score;
+        memcpy(&score, x + w, sizeof score);
+        score = (score - all(most)) * all(inverse);
+        vec weight = pick(score < all(-87.0f), (vec){0}, exponentials(score));
+        memcpy(weights + w, &weight, sizeof weight);
+    }
+    for (; w < words; w++) {
+        vec score = all((x[w] - most) * inverse);
+        weights[w] = score[0] < -87.0f ? 0.0f : exponentials(score)[0];
+    }
+    double sums[8] = {0};
+    for (w = 0; w + 8 <= words; w += 8)
+        for (int j = 0; j < 8; j++) sums[j] += weights[w + j];
+    for (; w < words; w++) sums[0] += weights[w];
+    for (int j = 0; j < 8; j++) total += sums[j];
+    int64_t limit = d->top_k && d->top_k < words ? d->top_k : words;
+    if (limit == words && d->top_p >= 1) { /* nothing is cut off */
+        target = d->number * total;
+        for (w = 0; w < words; w++) {
+            sum += weights[w];
+            if (weights[w] > 0) kept = w;
+            if (sum > target) break;
+        }
+        return (int32_t)kept;
+    }
+    const double lowest = limit < words ? 0 : (1 - d->top_p) * total / (double)words * (1 - 1e-6);
+    const double cuts[] = {1e-2, 1e-4, lowest};
+    for (int i = 0; i < 3; i++) {
+        if (i < 2 && cuts[i] <= lowest) continue;
+        count = 0;
+        mass = 0;
+        for (w = 0; w < words; w++)
+            if (weights[w] >= cuts[i]) {
+                found[count++] = (candidate){x[w], (int32_t)w};
+                mass += weights[w];
+            }
+        if (limit < words ? count >= limit : mass > d->top_p * total) break;
+    }
+    qsort(found, (size_t)count, sizeof *found, compare);
+    if (count > limit) count = limit;
+    if (limit < words) {
+        total = 0;
+        for (int64_t i = 0; i < count; i++) total += weights[found[i].token];
+    }
+    for (kept = 0, mass = 0; kept < count; kept++) {
+        if (kept && mass >= (d->top_p - 1e-7) * total) break;
+        mass += weights[found[kept].token];
+    }
+    target = d->number * mass;
+    for (int64_t i = 0; i < kept; i++) {
+        sum += weights[found[i].token];
+        if (sum > target) return found[i].token;
+    }
+    return found[kept - 1].token;
+}
+
+/* The token of each row of scores, the first of equally likely ones; -1 if one is not finite. */
 static void choose(engine *e, int index) {
     int64_t words = e->m->vocabulary;
     for (int64_t i = index; i < e->p->outputs; i += e->threads) {
@@ -698,8 +782,18 @@ static void choose(engine *e, int index) {
             most = x[w] > most ? x[w] : most;
             any |= is_odd(x[w]);
         }
-        while (!any && x[place] != most) place++;
-        e->p->best[i] = any ? -1 : (int32_t)place;
+        if (any) {
+            e->p->chosen[i] = -1;
+            continue;
+        }
+        if (e->p->draws[i].temperature > 0 && e->p->draws[i].top_k != 1) {
+            e->p->chosen[i] = forward_draw(x, words, most, &e->p->draws[i],
+                                           e->weights + index * words,
+                                           e->candidates + index * words);
+            continue;
+        }
+        while (x[place] != most) place++;
+        e->p->chosen[i] = (int32_t)place;
     }
 }
 
@@ -782,8 +876,8 @@ void forward_close(engine *e) {
     for (int i = 1; i < e->threads; i++) pthread_join(e->handles[i], 0);
     close_gate(&e->inside);
     close_gate(&e->start);
-    void *rooms[] = {e->x, e->qkv, e->h, e->q, e->y, e->inner, e->no_page, e->sequence_of,
-                     e->handles};
+    void *rooms[] = {e->x,       e->qkv,     e->h,          e->q,           e->y,      e->inner,
+                     e->no_page, e->weights, e->candidates, e->sequence_of, e->handles};
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) free(rooms[i]);
     free(e);
 }
@@ -807,9 +901,11 @@ engine *forward_open(const model *m, const limits *most, int64_t threads, int64_
     e->inner = room(most->rows * most->changed * 2);
     e->no_page = room(PAGE * e->padded * 2);
     e->sequence_of = room(most->rows * 4);
+    e->weights = room(threads * m->vocabulary * (int64_t)sizeof *e->weights);
+    e->candidates = room(threads * m->vocabulary * (int64_t)sizeof *e->candidates);
     e->handles = calloc((size_t)threads, sizeof *e->handles);
     if (!e->x || !e->qkv || !e->h || !e->q || !e->y || !e->inner || !e->no_page ||
-        !e->sequence_of || !e->handles) {
+        !e->weights || !e->candidates || !e->sequence_of || !e->handles) {
         forward_close(e);
         return 0;
     }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from outcrop.models.compiled import NoCompilerError, load_library
+from outcrop.serve.sampler import Draw
 
 logger = logging.getLogger("outcrop.model-server")
 
@@ -79,15 +80,22 @@ class _Sequence(ctypes.Structure):
     )
 
 
-class _Pass(ctypes.Structure):
+class _Draw(ctypes.Structure):
     _fields_ = (
-        *((name, _Number) for name in ("rows", "sequences", "outputs")),
-        *((name, _Address) for name in ("tokens", "sequence", "output_rows", "logits", "best")),
-        *((name, _Address) for name in ("keys", "values")),
+        *((name, ctypes.c_double) for name in ("temperature", "top_p", "number")),
+        ("top_k", _Number),
     )
 
 
-_STRUCTS = (_Layer, _ChangeLayer, _Change, _Model, _Limits, _Sequence, _Pass)
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        *((name, _Number) for name in ("rows", "sequences", "outputs")),
+        *((name, _Address) for name in ("tokens", "sequence", "output_rows", "draws")),
+        *((name, _Address) for name in ("logits", "chosen", "keys", "values")),
+    )
+
+
+_STRUCTS = (_Layer, _ChangeLayer, _Change, _Model, _Limits, _Sequence, _Draw, _Pass)
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,8 @@ class Rows:
     adapter: PackedAdapter | None
     num_scores: int
     """Of so many of its last rows the scores of the tokens after them are wanted."""
+    draw: Draw | None = None
+    """How the token after the last one is drawn; None takes the likeliest."""
 
 
 class Forward:
@@ -254,8 +264,8 @@ class Forward:
         """Add rows to their sequences.
 
         Returns:
-            (logits_NV, best): for each row whose scores are wanted, in order, those of the next
-            token, float32, and the likeliest one, or -1 where a score is not a finite number.
+            (logits_NV, chosen): for each row whose scores are wanted, in order, those of the next
+            token, float32, and the token drawn, or -1 where a score is not a finite number.
         """
         count = sum(len(part.token_ids) for part in parts)
         assert 0 < count <= self.max_rows
@@ -263,6 +273,7 @@ class Forward:
         tokens = (ctypes.c_int32 * count)(*(token for part in parts for token in part.token_ids))
         sequences = (_Sequence * len(parts))()
         outputs: list[int] = []
+        draws: list[Draw | None] = []
         row = 0
         for place, part in enumerate(parts):
             adapter = None if part.adapter is None else part.adapter.address
@@ -273,22 +284,44 @@ class Forward:
             )
             row += length
             outputs += range(row - part.num_scores, row)
+            draws += [part.draw] * part.num_scores
         rows = (ctypes.c_int32 * len(outputs))(*outputs)
-        best = (ctypes.c_int32 * len(outputs))()
+        chosen = (ctypes.c_int32 * len(outputs))()
+        drawn = (_Draw * len(outputs))(*map(_draw, draws))
         logits_NV = torch.empty(len(outputs), self.shape.vocabulary)
         whole = _Pass(
             *(count, len(parts), len(outputs), ctypes.addressof(tokens)),
-            *(ctypes.addressof(sequences), ctypes.addressof(rows), logits_NV.data_ptr()),
-            *(ctypes.addressof(best), self._keys.data_ptr(), self._values.data_ptr()),
+            *(ctypes.addressof(sequences), ctypes.addressof(rows), ctypes.addressof(drawn)),
+            *(logits_NV.data_ptr(), ctypes.addressof(chosen)),
+            *(self._keys.data_ptr(), self._values.data_ptr()),
         )
         assert self._library is not None
         self._library.forward_run(self._engine, model.address, ctypes.byref(whole))
-        return logits_NV, list(best)
+        return logits_NV, list(chosen)
 
     def close(self) -> None:
         """End the threads and give the memory back."""
         assert self._library is not None
         self._library.forward_close(self._engine)
+
+
+def draw_token(logits_V: Tensor, draw: Draw) -> int:
+    """Draw a token as a pass does.
+
+    Args:
+        logits_V: finite scores, float32.
+    """
+    library = _library()
+    assert library is not None
+    scores_V = logits_V.float().contiguous()
+    room = torch.empty(3, len(scores_V))  # a weight, and a candidate of twice its size, of each
+    return int(
+        library.forward_draw(
+            *(scores_V.data_ptr(), len(scores_V), float(scores_V.max())),
+            ctypes.byref(_draw(draw)),
+            *(room.data_ptr(), room[1:].data_ptr()),
+        )
+    )
 
 
 def is_compiled() -> bool:
@@ -338,7 +371,17 @@ def _library() -> ctypes.CDLL | None:
     library.forward_run.restype = library.forward_close.restype = None
     library.forward_run.argtypes = [_Address, _Address, _Address]
     library.forward_close.argtypes = [_Address]
+    library.forward_draw.restype = ctypes.c_int32
+    library.forward_draw.argtypes = [
+        *(_Address, _Number, ctypes.c_float, _Address, _Address, _Address),
+    ]
     return library
+
+
+def _draw(draw: Draw | None) -> _Draw:
+    if draw is None:
+        return _Draw(0.0, 1.0, 0.0, 0)
+    return _Draw(draw.temperature, draw.top_p, draw.number, draw.top_k or 0)
 
 
 def _layer(layer: PackedLayer) -> _Layer:

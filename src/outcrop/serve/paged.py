@@ -164,12 +164,12 @@ class PagedBackend:
         for own, places in models.items():
             model = self._own[own].model if own else self._base
             rows = [self._rows(parts[place]) for place in places]
-            logits_NV, best = self._forward.run(model, rows)
+            logits_NV, chosen = self._forward.run(model, rows)
             first = 0
             for place in places:
                 if count := parts[place].num_scores:
                     last = first + count
-                    found[place] = Scores(logits_NV[first:last], best[first:last])
+                    found[place] = Scores(logits_NV[first:last], chosen[first:last])
                     first = last
         return found
 
@@ -183,7 +183,7 @@ class PagedBackend:
             own = self._own.get(part.artifact)
             adapter = own.adapter if own else self._adapters[part.artifact]
         pages = pages_of(part.pages)
-        return Rows(part.token_ids, part.first_position, pages, adapter, part.num_scores)
+        return Rows(part.token_ids, part.first_position, pages, adapter, part.num_scores, part.draw)
 
     def _pack_adapter(self, folder: Path) -> PackedAdapter:
         adapter = load_adapter(folder)

@@ -15,6 +15,7 @@ import torch
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES, Adapters
 from outcrop.serve.backend import Part, Scores
 from outcrop.serve.network import load_network
+from outcrop.serve.sampler import sample
 
 logger = logging.getLogger("outcrop.model-server")
 
@@ -101,5 +102,7 @@ class PlainBackend:
         if not part.num_scores:
             return None
         most_N, best_N = logits_NV.max(dim=-1)
-        finite_N = torch.isfinite(most_N)
-        return Scores(logits_NV, torch.where(finite_N, best_N, -1).tolist())
+        chosen = torch.where(torch.isfinite(most_N), best_N, -1).tolist()
+        if part.draw is not None and chosen[-1] >= 0:
+            chosen[-1] = sample(logits_NV[-1], part.draw)
+        return Scores(logits_NV, chosen)

@@ -72,6 +72,9 @@ def check_prompt(
 ) -> tuple[list[int], int]:
     """Return a prompt's tokens that is taken as it stands, and how many may be drawn after it.
 
+    A text begins as the documents of continued pre-training do: with the beginning token, where the
+    model's own tokenizer puts one. Token ids are all that there is.
+
     Raises:
         ValidationException: it is empty, has a token that the model does not know, or does not fit
             into `max_context` with the answer.
@@ -84,6 +87,8 @@ def check_prompt(
                 f"the model's context of {max_context:,} tokens. Shorten the prompt."
             )
         ids = renderer.tokenizer.encode(prompt)
+        if ids:
+            ids = [*renderer.tokenizer.document_start, *ids]
     else:
         ids = list(prompt)
     if not ids:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,29 +36,41 @@ def new_generator(seed: int | None) -> torch.Generator:
     return generator.manual_seed((secrets.randbits(63) if seed is None else seed) % 2**63)
 
 
-def is_greedy(params: SamplingParams) -> bool:
-    """Return whether always the likeliest token is taken, so that nothing is drawn."""
-    return params.temperature == 0 or params.top_k == 1
+@dataclass(frozen=True)
+class Draw:
+    """How one token is drawn."""
+
+    temperature: float
+    """Above 0."""
+    top_p: float
+    top_k: int | None
+    number: float
+    """Which of the tokens that can be drawn it is: their probabilities, one after the other, fill
+    the numbers from 0 to 1."""
 
 
-def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+def new_draw(params: SamplingParams, generator: torch.Generator) -> Draw | None:
+    """Return how the next token is drawn; None takes the likeliest, and needs no number."""
+    if params.temperature == 0 or params.top_k == 1:
+        return None
+    number = float(torch.rand(1, generator=generator, dtype=torch.float64))
+    return Draw(params.temperature, params.top_p, params.top_k, number)
+
+
+def sample(logits_V: Tensor, draw: Draw) -> int:
     """Draw one token id.
 
     Args:
         logits_V: unnormalized scores, any float type; computed in float32, summed in float64.
-        generator: gives exactly one number for each token drawn with a temperature above 0.
     """
-    if is_greedy(params):
-        # The first of several equal maxima, as torch.argmax promises.
-        return int(torch.argmax(logits_V))
-    ids_K, probabilities_K = distribution(logits_V, params)
+    ids_K, probabilities_K = distribution(logits_V, draw)
     cumulative_K = probabilities_K.cumsum(0)
-    draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative_K[-1]
-    place = int(torch.searchsorted(cumulative_K, draw, right=True))
+    target = draw.number * cumulative_K[-1]
+    place = int(torch.searchsorted(cumulative_K, target, right=True))
     return int(ids_K[min(place, len(ids_K) - 1)])
 
 
-def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def distribution(logits_V: Tensor, params: SamplingParams | Draw) -> tuple[Tensor, Tensor]:
     """Return the tokens that can be drawn and their probabilities, at a temperature above 0.
 
     Returns:

@@ -14,7 +14,7 @@ from outcrop.errors import ModelErrorException
 from outcrop.models.tokenizer import IncrementalDecoder, Tokenizer
 from outcrop.serve.backend import Scores
 from outcrop.serve.request import FinishReason, Generation, SamplingParams, TokenEvent, TokenLogprob
-from outcrop.serve.sampler import is_greedy, logprobs, new_generator, sample
+from outcrop.serve.sampler import Draw, logprobs, new_draw, new_generator
 from outcrop.serve.stop import StopScanner
 
 
@@ -38,6 +38,7 @@ class TokenSequence:
         self._sampling = sampling
         self._end_token_ids = frozenset(end_token_ids)
         self._generator = new_generator(sampling.seed)
+        self._draw: Draw | None = None
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer)
         self._scanner = StopScanner(sampling.stop)
@@ -51,6 +52,12 @@ class TokenSequence:
         """Whether all scores of the prompt are wanted, so that none of it can be taken over."""
         return self._sampling.prompt_logprobs
 
+    def next_draw(self) -> Draw | None:
+        """Return how the next token is drawn: the same again until it is accepted."""
+        if self._draw is None:
+            self._draw = new_draw(self._sampling, self._generator)
+        return self._draw
+
     def read_prompt(self, scores: Scores, first: int) -> None:
         """Take the scores of a part of the prompt, in the order of its parts.
 
@@ -59,7 +66,7 @@ class TokenSequence:
         """
         if first == 0:
             self._prompt_logprobs = [TokenLogprob(self._tokenizer.decode(self.ids[:1]), None)]
-        following = self.ids[first + 1 : min(first + 1 + len(scores.best), self.input_tokens)]
+        following = self.ids[first + 1 : min(first + 1 + len(scores.chosen), self.input_tokens)]
         self._prompt_logprobs += self._told(scores.logits_NV[: len(following)], following)
 
     def accept(self, scores: Scores) -> TokenEvent | Generation | None:
@@ -68,14 +75,12 @@ class TokenSequence:
         Raises:
             ModelErrorException: the model's scores are not numbers.
         """
-        if scores.best[-1] < 0:
+        token = scores.chosen[-1]
+        if token < 0:
             raise ModelErrorException(
                 "The model's scores are not finite numbers, so no token can be drawn."
             )
-        if is_greedy(self._sampling):
-            token = scores.best[-1]
-        else:
-            token = sample(scores.logits_NV[-1], self._sampling, self._generator)
+        self._draw = None
         self.output_tokens += 1
         if token in self._end_token_ids:
             return self._finish("stop", self._decoder.finish())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from tests.unit.serve.tiny_chat import write_tiny_chat
+from tests.unit.serve.tiny_chat import END, START, write_tiny_chat
 
 from outcrop.data.records import Message
 from outcrop.data.render import Renderer
 from outcrop.errors import ValidationException
-from outcrop.serve.prompt import fit_prompt
+from outcrop.serve.prompt import check_prompt, fit_prompt
 from outcrop.serve.request import SamplingParams, Truncate
 
 CONTEXT = 120
@@ -85,3 +88,20 @@ def test_what_no_context_holds_is_cut_where_that_is_asked_for(
     ids, _ = fit_prompt(renderer, endless, sampling, CONTEXT)
     assert len(ids) == CONTEXT - 20
     assert kept in renderer.decode(ids)
+
+
+def test_a_text_that_is_taken_as_it_stands_begins_as_the_models_texts_do(
+    renderer: Renderer, tmp_path: Path
+) -> None:
+    folder = write_tiny_chat(tmp_path)
+    config = {"eos_token": END, "bos_token": START, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    begins = Renderer(folder)
+    text = renderer.tokenizer.encode("Hello")
+    sampling = SamplingParams(max_tokens=5)
+    assert check_prompt(renderer, "Hello", sampling, CONTEXT, 262)[0] == text
+    with_start = [begins.tokenizer.token_id(START), *text]
+    assert check_prompt(begins, "Hello", sampling, CONTEXT, 262)[0] == with_start
+    assert check_prompt(begins, tuple(text), sampling, CONTEXT, 262)[0] == text
+    with pytest.raises(ValidationException, match="empty"):
+        check_prompt(begins, "", sampling, CONTEXT, 262)

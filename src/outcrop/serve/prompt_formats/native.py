@@ -10,7 +10,7 @@ from outcrop.serve.request import Generation, SamplingParams
 
 @dataclass(frozen=True)
 class NativeRequest:
-    """An InvokeModel body, taken apart."""
+    """The body of a request, taken apart."""
 
     messages: tuple[Message, ...]
     sampling: SamplingParams
@@ -18,6 +18,8 @@ class NativeRequest:
     """The prompt as sent, for families that repeat it in the answer."""
     num_generations: int = 1
     """Answers that are wanted, each drawn anew."""
+    raw_prompt: str | tuple[int, ...] | None = None
+    """What the model goes on with as it stands, instead of messages: `GenerationRequest.prompt`."""
     in_pieces: bool | None = None
     """Whether the body itself wants its answer in pieces; None where its family does not say."""
 
