@@ -18,8 +18,11 @@ import openai
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, InvalidEndpointConfigurationError
+from tests.assets.smollm2 import smollm2_folder
 from tests.e2e.service import LLAMA, REGION, TITAN, Service
 
+from outcrop.data.records import Message
+from outcrop.data.render import Renderer
 from outcrop.identity.api_keys import load_or_make_api_key
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -60,15 +63,22 @@ def test_openais_client_is_answered_by_the_real_model(service: Service) -> None:
     assert all(item.logprob <= 0 for item in whole.choices[0].logprobs.content or ())
 
 
-def test_a_completion_and_invoke_model_say_the_same(service: Service) -> None:
+def test_a_completion_of_the_rendered_prompt_and_invoke_model_say_the_same(
+    service: Service,
+) -> None:
+    renderer = Renderer(smollm2_folder())
+    ids = renderer.render_prompt((Message("user", "Paris is"),))
     body = {"prompt": "Paris is", "max_gen_len": 12, "temperature": 0}
     answer = service.client("bedrock-runtime").invoke_model(modelId=LLAMA, body=json.dumps(body))
     expected = json.loads(answer["body"].read())["generation"]
     with openai.OpenAI(api_key=_key(service), base_url=f"{service.url}/v1") as client:
-        found = client.completions.create(
+        found = client.completions.create(model=LLAMA, prompt=ids, max_tokens=12, temperature=0)
+        raw = client.completions.create(
             model=LLAMA, prompt="Paris is", max_tokens=12, temperature=0
         )
     assert found.choices[0].text == expected
+    assert raw.usage is not None
+    assert raw.usage.prompt_tokens == len(renderer.tokenizer.encode("Paris is"))
 
 
 def test_a_custom_model_is_asked_by_its_throughput(service: Service, throughput: str) -> None:

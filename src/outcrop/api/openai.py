@@ -181,12 +181,17 @@ class Answer:
         sent: dict[int, int] = {}
 
         async def take(index: int, event: TokenEvent | Generation) -> None:
-            if index not in sent:
-                sent[index] = 0
-                if reply.kind == "chat" or ask.prompts[index]:
-                    head = answers.text_chunk(reply, index, ask.prompts[index], first=True)
-                    await self._send_event(head, ask)
+            prompt = ask.prompts[index]
             done = isinstance(event, Generation)
+            if isinstance(event, Generation):
+                event = answers.with_prompt(event, prompt, prompt_only=ask.prompt_only)
+            elif prompt is None or ask.prompt_only:
+                return  # nothing may be sent before the prompt's text, or nothing is wanted
+            if index not in sent:
+                sent[index] = len(prompt or "")
+                if reply.kind == "chat" or prompt:
+                    head = answers.text_chunk(reply, index, prompt or "", first=True)
+                    await self._send_event(head, ask)
             # The end of an answer is in no event but the last, which has the whole text.
             text = event.text[sent[index] :] if done else event.text
             if text:
@@ -249,15 +254,18 @@ async def _unset(message: Any) -> None:
 
 
 async def _whole(work: _Work) -> dict[str, Any]:
+    ask = work.ask
     ended: dict[int, Generation] = {}
 
     async def take(index: int, event: TokenEvent | Generation) -> None:
         if isinstance(event, Generation):
-            ended[index] = event
+            ended[index] = answers.with_prompt(
+                event, ask.prompts[index], prompt_only=ask.prompt_only
+            )
 
     await _ask_all(work, take)
-    generations = [ended[index] for index in range(len(work.ask.requests))]
-    return answers.whole(work.reply, generations, work.ask.prompts, work.ask.choices_each)
+    generations = [ended[index] for index in range(len(ask.requests))]
+    return answers.whole(work.reply, generations, ask.choices_each)
 
 
 async def _ask_all(work: _Work, take: Take) -> None:

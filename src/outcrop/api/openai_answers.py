@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from outcrop.errors import ApiError
@@ -33,6 +33,10 @@ CODES = {
     "ModelStreamErrorException": (500, "server_error", "model_error"),
 }
 """AWS's code -> status, type and code of OpenAI's. All others keep their status."""
+REPLACEMENT = "\ufffd"
+"""What a part of a character is decoded to."""
+END_TOKEN = TokenLogprob("", None)
+"""Where an answer ended by itself: the model server does not tell this token's log-probability."""
 RETRY_SECONDS = 1
 """What `Retry-After` says to who came too early."""
 
@@ -58,25 +62,46 @@ class Reply:
         return {"id": answer_id, "object": name, "created": self.created, "model": self.model}
 
 
-def whole(
-    reply: Reply, generations: Sequence[Generation], prompts: Sequence[str], choices_each: int
-) -> dict[str, Any]:
+def with_prompt(generation: Generation, prompt: str | None, *, prompt_only: bool) -> Generation:
+    """Return an answer that begins with what is echoed, in its text and its log-probabilities.
+
+    Args:
+        prompt: an empty text where nothing is echoed; None where the prompt was token ids, whose
+            own texts are put together: a character that several of them share is not whole there.
+        prompt_only: leaves out the answer itself.
+    """
+    if prompt_only:
+        told = None if generation.logprobs is None else ()
+        generation = replace(
+            generation, text="", output_tokens=0, finish_reason="length", logprobs=told
+        )
+    before, after = generation.prompt_logprobs or (), generation.logprobs
+    if prompt is None:
+        prompt = "".join(token.text for token in before)
+    if before and after is not None:
+        # The last place is that of the last token drawn, which clients that count tokens rely on.
+        ended = len(after) < generation.output_tokens
+        after = (*before, *after, END_TOKEN) if ended else (*before, *after)
+    return replace(generation, text=prompt + generation.text, logprobs=after)
+
+
+def whole(reply: Reply, generations: Sequence[Generation], choices_each: int) -> dict[str, Any]:
     """Return the answer that is not streamed.
 
     Args:
-        prompts: what each answer begins with: empty texts unless the prompt is echoed.
         choices_each: answers to one prompt, which is counted once.
     """
     choices = []
-    for index, (generation, prompt) in enumerate(zip(generations, prompts, strict=True)):
-        end: dict[str, Any] = {"logprobs": None, "finish_reason": REASONS[generation.finish_reason]}
-        if generation.logprobs is not None:
-            end["logprobs"] = logprobs(reply.kind, generation.logprobs)
+    for index, generation in enumerate(generations):
+        end: dict[str, Any] = {
+            "logprobs": logprobs(reply.kind, generation),
+            "finish_reason": REASONS[generation.finish_reason],
+        }
         if reply.kind == "chat":
             message = {"role": "assistant", "content": generation.text, "refusal": None}
             choices.append({"index": index, "message": message, **end})
         else:
-            choices.append({"index": index, "text": prompt + generation.text, **end})
+            choices.append({"index": index, "text": generation.text, **end})
     return {
         **reply.head(chunk=False),
         "choices": choices,
@@ -103,9 +128,7 @@ def last_chunk(reply: Reply, index: int, generation: Generation) -> dict[str, An
         choice["text"] = ""
     else:
         choice["delta"] = {}
-    choice["logprobs"] = None
-    if generation.logprobs is not None:
-        choice["logprobs"] = logprobs(reply.kind, generation.logprobs)
+    choice["logprobs"] = logprobs(reply.kind, generation)
     choice["finish_reason"] = REASONS[generation.finish_reason]
     return {**reply.head(chunk=True), "choices": [choice]}
 
@@ -132,32 +155,62 @@ def usage(generations: Sequence[Generation], choices_each: int) -> dict[str, int
     }
 
 
-def logprobs(kind: Kind, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Return the log-probabilities of an answer's tokens, without alternatives."""
+def logprobs(kind: Kind, generation: Generation) -> dict[str, Any] | None:
+    """Return the log-probabilities of an answer's tokens; None where they were not asked for."""
+    tokens = generation.logprobs
+    if tokens is None:
+        return None
     if kind == "chat":
-        return {
-            "content": [
-                {
-                    "token": token.text,
-                    "logprob": token.logprob,
-                    # A token that holds a part of a character has no text of its own.
-                    "bytes": None if "\ufffd" in token.text else list(token.text.encode()),
-                    "top_logprobs": [],
-                }
-                for token in tokens
-            ],
-            "refusal": None,
-        }
-    offsets, place = [], 0
-    for token in tokens:
-        offsets.append(place)
-        place += len(token.text)
+        content = [
+            {
+                **_chat_token(token.text, token.logprob),
+                "top_logprobs": [_chat_token(*other) for other in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+    likeliest = [_likeliest(token) for token in tokens]
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": None,
-        "text_offset": offsets,
+        "top_logprobs": likeliest if any(likeliest) else None,
+        "text_offset": _text_offsets(tokens, generation.text),
     }
+
+
+def _chat_token(text: str, logprob: float | None) -> dict[str, Any]:
+    # A token that holds a part of a character has no text of its own.
+    spelling = None if REPLACEMENT in text else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": spelling}
+
+
+def _likeliest(token: TokenLogprob) -> dict[str, float] | None:
+    """Return the likeliest tokens in a place and the one that stands there, as OpenAI does."""
+    if token.logprob is None or not token.top:
+        return None
+    found: dict[str, float] = {}
+    for text, logprob in (*token.top, (token.text, token.logprob)):
+        found.setdefault(text, logprob)  # tokens may share a text; the likeliest of them is told
+    return found
+
+
+def _text_offsets(tokens: Sequence[TokenLogprob], text: str) -> list[int]:
+    """Return where each token begins in the text.
+
+    A token with a part of a character is put where that character begins, or the one before it;
+    the next whole one is looked for as far on as such tokens can reach.
+    """
+    offsets, place, reach = [], 0, 1
+    for token in tokens:
+        if REPLACEMENT in token.text:
+            offsets.append(place)
+            reach += len(token.text)
+            continue
+        found = text.find(token.text, place, place + reach + len(token.text))
+        place = found if found >= 0 else place
+        offsets.append(place)
+        place, reach = min(place + len(token.text), len(text)), 1
+    return offsets
 
 
 def model(model_id: str, created: int, owned_by: str) -> dict[str, Any]:

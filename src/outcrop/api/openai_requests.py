@@ -1,4 +1,4 @@
-"""Bodies of OpenAI-style requests, to messages and sampling parameters.
+"""Bodies of OpenAI-style requests, to messages or prompts and sampling parameters.
 
 Turns a JSON object into an `Ask`, or refuses it by the name of the field that is wrong. Fields that
 ask for what is not offered are refused, unless their value asks for nothing (`"tools": []`): what a
@@ -10,12 +10,11 @@ defaults of the fields.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NoReturn
 
-from outcrop.data.markup import parse_prompt
 from outcrop.data.records import Message
 from outcrop.errors import ValidationException
 from outcrop.models.catalog import BaseModel
@@ -34,6 +33,12 @@ MAX_ANSWERS = 2048
 """Answers of one request, over all prompts. LIMIT: OpenAI takes up to 2,048 prompts."""
 COMPLETION_TOKENS = 16
 """Source: default of `max_tokens` of a completion; a chat's answer has what the context holds."""
+MAX_COMPLETION_LOGPROBS = 5
+"""Source: bound of `logprobs` of a completion."""
+MAX_CHAT_LOGPROBS = 20
+"""Source: bound of `top_logprobs` of a chat completion."""
+TOKEN_IDS = 2**31
+"""More than any vocabulary has; what the model's own has is its server's to say."""
 MAX_MODEL_ID = 2048
 """Source: InvokeModel's modelId."""
 SEEDS = 2**63
@@ -85,13 +90,16 @@ class Ask:
 
     requests: tuple[NativeRequest, ...]
     """One an answer: all answers to the first prompt, then all to the second, and so on."""
-    prompts: tuple[str, ...]
-    """What each answer begins with where the prompt is echoed; else empty texts."""
+    prompts: tuple[str | None, ...]
+    """What each answer begins with: its prompt where that is echoed, else an empty text. None is a
+    prompt of token ids, whose text comes with the answer's end."""
     choices_each: int
     """Answers to one prompt."""
     stream: bool
     include_usage: bool
     """Whether a stream ends with the token counts."""
+    prompt_only: bool = False
+    """Whether nothing is wanted but the echoed prompt: what is drawn after it is left out."""
 
 
 def parse_chat(base: BaseModel, body: Mapping[str, Any]) -> Ask:
@@ -108,17 +116,17 @@ def parse_chat(base: BaseModel, body: Mapping[str, Any]) -> Ask:
     name = "max_completion_tokens" if "max_completion_tokens" in left else "max_tokens"
     max_tokens = _max_tokens(left, name, base) if name in left else None
     logprobs = _boolean(left, "logprobs")
-    if "top_logprobs" in left:
-        if not logprobs:
-            _refuse("top_logprobs", "needs 'logprobs': true.")
-        _refuse_alternatives("top_logprobs", _integer(left, "top_logprobs", 0, 0, 20))
-    sampling = replace(_sampling(left), max_tokens=max_tokens, logprobs=logprobs)
+    if "top_logprobs" in left and not logprobs:
+        _refuse("top_logprobs", "needs 'logprobs': true.")
+    top_logprobs = _integer(left, "top_logprobs", 0, 0, MAX_CHAT_LOGPROBS)
+    sampling = replace(
+        _sampling(left), max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs
+    )
     return _ask(left, [NativeRequest(messages, sampling)], [""])
 
 
 def parse_completion(base: BaseModel, body: Mapping[str, Any]) -> Ask:
-    """Read the body of a completion. A prompt is read as InvokeModel reads the model's own: as what
-    the user says, or as turns where it has the mark-up of the model's family.
+    """Read the body of a completion. The model goes on with its prompts as they stand: no template.
 
     Raises:
         ValidationException: as `parse_chat`.
@@ -127,20 +135,26 @@ def parse_completion(base: BaseModel, body: Mapping[str, Any]) -> Ask:
     prompts = _prompts(left.pop("prompt", None))
     echo = _boolean(left, "echo")
     logprobs = "logprobs" in left
-    if logprobs and echo:
-        _refuse(
-            "echo",
-            "cannot stand beside 'logprobs': the log-probabilities of a prompt are not computed "
-            "by this service yet.",
+    top_logprobs = _integer(left, "logprobs", 0, 0, MAX_COMPLETION_LOGPROBS)
+    max_tokens = _max_tokens(left, "max_tokens", base, 0)
+    if max_tokens == 0 and not echo:
+        _refuse("max_tokens", "is 0, which is allowed with 'echo': true only.")
+    sampling = replace(
+        _sampling(left),
+        max_tokens=max(1, max_tokens),  # an answer of none is not to be had
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+    )
+    requests = []
+    for prompt in prompts:
+        # The text of token ids comes with their log-probabilities, so an echo needs those.
+        told = echo and (logprobs or not isinstance(prompt, str))
+        requests.append(
+            NativeRequest((), replace(sampling, prompt_logprobs=told), raw_prompt=prompt)
         )
-    if logprobs:
-        _refuse_alternatives("logprobs", _integer(left, "logprobs", 0, 0, 5))
-    max_tokens = _max_tokens(left, "max_tokens", base)
-    sampling = replace(_sampling(left), max_tokens=max_tokens, logprobs=logprobs)
-    requests = [
-        NativeRequest(parse_prompt(base.body_family, prompt), sampling) for prompt in prompts
-    ]
-    return _ask(left, requests, prompts if echo else [""] * len(prompts))
+    heads = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+    found = _ask(left, requests, heads if echo else [""] * len(prompts))
+    return replace(found, prompt_only=max_tokens == 0)
 
 
 def model_id(body: Mapping[str, Any]) -> str:
@@ -157,7 +171,7 @@ def model_id(body: Mapping[str, Any]) -> str:
     return model
 
 
-def _ask(left: dict[str, Any], requests: list[NativeRequest], prompts: list[str]) -> Ask:
+def _ask(left: dict[str, Any], requests: list[NativeRequest], prompts: Sequence[str | None]) -> Ask:
     """Make the Ask of what is left once the fields of one kind of request are read."""
     choices = _integer(left, "n", 1, 1, MAX_CHOICES)
     if choices * len(requests) > MAX_ANSWERS:
@@ -250,21 +264,33 @@ def _content(value: Any, path: str) -> str:
     return "\n".join(texts)
 
 
-def _prompts(value: Any) -> list[str]:
-    texts = value if isinstance(value, list) else [value]
-    if not texts:
-        _refuse("prompt", "must have at least one text.")
-    for place, text in enumerate(texts):
-        path = f"prompt[{place}]" if isinstance(value, list) else "prompt"
-        if isinstance(text, int | list):
-            _refuse(path, "must be text: lists of token ids are not supported by this service.")
-        if not isinstance(text, str):
-            _refuse(path, f"must be a string, not {_kind(text)}.")
-        if not text:
-            _refuse(path, "must not be empty.")
-    if len(texts) > MAX_ANSWERS:
-        _refuse("prompt", f"has {len(texts):,} texts; {MAX_ANSWERS:,} are allowed.")
-    return list(texts)
+def _prompts(value: Any) -> list[str | tuple[int, ...]]:
+    """Read a text, a list of texts, a list of token ids or a list of such lists."""
+    if not isinstance(value, list):
+        return [_prompt(value, "prompt", "a string or an array")]
+    if not value:
+        _refuse("prompt", "must not be empty.")
+    if _is_number(value[0]):
+        return [_prompt(value, "prompt", "")]
+    if len(value) > MAX_ANSWERS:
+        _refuse("prompt", f"has {len(value):,} prompts; {MAX_ANSWERS:,} are allowed.")
+    wanted = "a string or an array of token ids"
+    return [_prompt(item, f"prompt[{place}]", wanted) for place, item in enumerate(value)]
+
+
+def _prompt(value: Any, path: str, wanted: str) -> str | tuple[int, ...]:
+    if not isinstance(value, str | list):
+        _refuse(path, f"must be {wanted}, not {_kind(value)}.")
+    if not value:
+        _refuse(path, "must not be empty.")
+    if isinstance(value, str):
+        return value
+    for place, token in enumerate(value):
+        if isinstance(token, bool) or not isinstance(token, int):
+            _refuse(f"{path}[{place}]", f"must be a token id, a whole number, not {_kind(token)}.")
+        if not 0 <= token < TOKEN_IDS:
+            _refuse(f"{path}[{place}]", f"is {_shown(token)}, which is no token id of any model.")
+    return tuple(value)
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -280,9 +306,9 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _max_tokens(left: dict[str, Any], name: str, base: BaseModel) -> int:
+def _max_tokens(left: dict[str, Any], name: str, base: BaseModel, least: int = 1) -> int:
     limit = base.max_output_tokens
-    return _integer(left, name, min(COMPLETION_TOKENS, limit), 1, limit)
+    return _integer(left, name, min(COMPLETION_TOKENS, limit), least, limit)
 
 
 def _include_usage(left: dict[str, Any], stream: bool) -> bool:
@@ -324,15 +350,6 @@ def _boolean(left: dict[str, Any], name: str, path: str = "") -> bool:
     if not isinstance(value, bool):
         _refuse(path + name, f"must be true or false, not {_kind(value)}.")
     return value
-
-
-def _refuse_alternatives(name: str, wanted: int) -> None:
-    if wanted > 0:
-        _refuse(
-            name,
-            f"is {wanted}: other tokens than those of the answer are not reported by this service. "
-            "Use 0.",
-        )
 
 
 def _refuse_the_rest(left: dict[str, Any]) -> None:

@@ -162,6 +162,7 @@ def _generation_request(target: Target, native: NativeRequest) -> GenerationRequ
         messages=native.messages,
         sampling=native.sampling,
         adapter=str(target.artifact) if target.artifact else None,
+        prompt=native.raw_prompt,
     )
 
 

@@ -41,7 +41,6 @@ LLAMA = "meta.llama3-8b-instruct-v1:0"
 TITAN = "amazon.titan-text-lite-v1"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = {"model": LLAMA, "messages": HELLO}
-TEXT = {"model": LLAMA, "prompt": "Hello"}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +171,24 @@ def test_log_probabilities_of_a_chats_tokens(gateway: Gateway, client: openai.Op
     assert found.content is not None
     assert [(item.token, item.logprob) for item in found.content] == [("é", -0.5), ("\ufffd", -2.0)]
     assert [item.bytes for item in found.content] == [[0xC3, 0xA9], None]
+    assert [item.top_logprobs for item in found.content] == [[], []]
+
+
+def test_the_likeliest_tokens_stand_beside_those_of_a_chat(
+    gateway: Gateway, client: openai.OpenAI
+) -> None:
+    token = TokenLogprob("a", -1.5, (("b", -0.5), ("\ufffd", -1.0)))
+    gateway.model.script(Generation("a", 7, 1, "stop", logprobs=(token,)))
+    answer = client.chat.completions.create(
+        model=LLAMA, messages=HELLO, logprobs=True, top_logprobs=20
+    )
+    assert gateway.model.requests[0].sampling.top_logprobs == 20
+    assert answer.choices[0].logprobs is not None
+    (found,) = answer.choices[0].logprobs.content or []
+    assert [(top.token, top.logprob, top.bytes) for top in found.top_logprobs] == [
+        ("b", -0.5, [98]),
+        ("\ufffd", -1.0, None),
+    ]
 
 
 # --- streams --------------------------------------------------------------------------------------
@@ -304,57 +321,6 @@ def test_a_gateway_that_ends_tells_who_waits(tmp_path: Path, stream: bool) -> No
     assert "[DONE]" not in answer.text
     if not stream:
         assert answer.status_code == 503
-
-
-# --- completions ----------------------------------------------------------------------------------
-
-
-def test_each_prompt_of_a_list_is_completed(gateway: Gateway, client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=LLAMA, prompt=["one", "two"], n=2, max_tokens=5)
-    assert answer.object == "text_completion"
-    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    assert {choice.text for choice in answer.choices} == {"Héllo you"}
-    asked = sorted(item.messages[0].text for item in gateway.model.requests)
-    assert asked == ["one", "one", "two", "two"]
-    assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (14, 16)
-
-
-def test_a_completion_that_sets_nothing_has_openais_defaults(
-    gateway: Gateway, client: openai.OpenAI
-) -> None:
-    client.completions.create(model=LLAMA, prompt="x")
-    sampling = gateway.model.requests[0].sampling
-    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (1.0, 1.0, 16)
-
-
-def test_a_prompt_is_read_as_the_models_own_body_reads_it(
-    gateway: Gateway, client: openai.OpenAI
-) -> None:
-    client.completions.create(model=TITAN, prompt="User: Hi\nBot:")
-    assert gateway.model.requests[0].messages == (Message("user", "Hi"),)
-
-
-def test_echo_puts_the_prompt_before_the_answer(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=LLAMA, prompt=["one ", "two "], echo=True)
-    assert [choice.text for choice in answer.choices] == ["one Héllo you", "two Héllo you"]
-    with client.completions.create(model=LLAMA, prompt="one ", echo=True, stream=True) as stream:
-        assert "".join(chunk.choices[0].text for chunk in stream) == "one Héllo you"
-
-
-def test_log_probabilities_of_a_completions_tokens(gateway: Gateway, client: openai.OpenAI) -> None:
-    tokens = (TokenLogprob("ab", -0.5), TokenLogprob("c", -2.0))
-    gateway.model.script(Generation("abc", 7, 2, "stop", logprobs=tokens))
-    found = client.completions.create(model=LLAMA, prompt="x", logprobs=0).choices[0].logprobs
-    assert found is not None
-    assert (found.tokens, found.token_logprobs) == (["ab", "c"], [-0.5, -2.0])
-    assert (found.text_offset, found.top_logprobs) == ([0, 2], None)
-
-
-def test_log_probabilities_of_a_prompt_are_refused_by_name(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="of a prompt are not computed") as refused:
-        client.completions.create(model=LLAMA, prompt="x", echo=True, logprobs=1)
-    assert refused.value.param == "echo"
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -549,7 +515,9 @@ CHAT_FAULTS: list[tuple[Mapping[str, Any], str, str]] = [
     ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "not known"),
     ({"logprobs": 1}, "logprobs", "true or false"),
     ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs': true"),
-    ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "are not reported"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "between 0 and 20"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "between 0 and 20"),
+    ({"logprobs": True, "top_logprobs": "2"}, "top_logprobs", "a whole number"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported by this service"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "leave it out, or send 0"),
@@ -570,36 +538,6 @@ def test_a_faulty_chat_is_refused_by_the_name_of_the_field(
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
     assert error["param"] == param
     assert error["message"].startswith(f"'{param}' ")
-    assert text in error["message"]
-    assert gateway.model.requests == []
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "text"),
-    [
-        ({"prompt": None}, "prompt", "must be a string"),
-        ({"prompt": ""}, "prompt", "must not be empty"),
-        ({"prompt": []}, "prompt", "at least one text"),
-        ({"prompt": [1, 2]}, "prompt[0]", "token ids"),
-        ({"prompt": [[1, 2]]}, "prompt[0]", "token ids"),
-        ({"prompt": ["a", {}]}, "prompt[1]", "an object"),
-        ({"prompt": ["a"] * 3000}, "prompt", "3,000 texts"),
-        ({"prompt": ["a"] * 100, "n": 100}, "prompt", "10,000 answers"),
-        ({"logprobs": 3}, "logprobs", "are not reported"),
-        ({"logprobs": 6}, "logprobs", "between 0 and 5"),
-        ({"logprobs": True}, "logprobs", "a whole number"),
-        ({"echo": 1}, "echo", "true or false"),
-        ({"suffix": "end"}, "suffix", "not supported"),
-        ({"best_of": 2}, "best_of", "not supported"),
-        ({"messages": HELLO}, "messages", "is not known"),
-    ],
-)
-def test_a_faulty_completion_is_refused_by_the_name_of_the_field(
-    gateway: Gateway, key: str, change: Mapping[str, Any], param: str, text: str
-) -> None:
-    answer = _post(gateway, "/v1/completions", {**TEXT, **change}, key)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, param)
     assert text in error["message"]
     assert gateway.model.requests == []
 
