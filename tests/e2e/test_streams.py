@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -130,3 +132,15 @@ def test_a_prompt_beyond_the_context_is_refused_before_the_stream(service: Servi
             call(**asked)
         assert not isinstance(caught.value, EventStreamError)
         assert caught.value.response["Error"]["Code"] == "ValidationException"
+
+
+def test_metrics_count_what_was_answered_and_repeat_none_of_it(service: Service) -> None:
+    runtime = service.client("bedrock-runtime", attempts=8)
+    body = json.dumps({"inputText": PROMPT, "textGenerationConfig": {"maxTokenCount": 16}})
+    runtime.invoke_model(modelId=TITAN, body=body)
+    with urllib.request.urlopen(f"{service.url}/metrics") as response:
+        text = response.read().decode()
+    counts = re.findall(r"^outcrop_generation_tokens_total{[^}]*} (\d+)$", text, re.MULTILINE)
+    assert sum(map(int, counts)) > 0
+    assert "outcrop_model_server_up" in text
+    assert "colours" not in text

@@ -1,8 +1,8 @@
 """The gateway: one port for S3, Bedrock, STS, our own operations and the OpenAI-style paths.
 
-A request goes by the service it is signed for. Our own unsigned paths (`/healthz`, `/v1`) win for
-requests without a signature; an API key is Bedrock's on every other path. Every other unsigned
-request is an anonymous S3 request, which is refused.
+A request goes by the service it is signed for. Our own unsigned paths (`/healthz`, `/metrics`,
+`/v1`) win for requests without a signature; an API key is Bedrock's on every other path. Every
+other unsigned request is an anonymous S3 request, which is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from outcrop.api import handlers, openai
+from outcrop.api import handlers, metrics, openai
 from outcrop.api.context import Services
 from outcrop.api.event_stream import EventStreamResponse, StreamReply
 from outcrop.api.s3 import s3_request
@@ -116,6 +116,8 @@ async def _respond(request: Request, services: Services) -> ASGIApp:
         is_s3 = signature.service == "s3"
     elif _first_part(signed.raw_path) == openai.FIRST_PART:
         return openai.Answer(services, request_id)
+    elif signed.raw_path == metrics.PATH:
+        return await metrics.metrics_page(request, services)
     elif not bearer and _first_part(signed.raw_path) in OWN_PATHS:
         return await _own_page(request, services)
     else:  # without a key refused either way, in the protocol that its client most likely speaks

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import httpx
 
@@ -82,8 +82,15 @@ class ModelClient:
             raise error
         return int(json.loads(text)["input_tokens"])
 
+    async def stats(self) -> dict[str, Any]:
+        """Return the figures of engine and process. Raises as `stream`."""
+        async with self._open("/stats", None) as response:
+            text = b"".join([chunk async for chunk in response.aiter_bytes()])
+        found: dict[str, Any] = json.loads(text)
+        return found
+
     @asynccontextmanager
-    async def _open(self, path: str, body: bytes) -> AsyncIterator[httpx.Response]:
+    async def _open(self, path: str, body: bytes | None) -> AsyncIterator[httpx.Response]:
         # Reading an answer may take as long as its caller allows; the caller counts.
         limits = httpx.Timeout(None, connect=CONNECT_SECONDS)
         transport = httpx.AsyncHTTPTransport(uds=str(self._socket), verify=_NO_TLS, trust_env=False)
@@ -92,7 +99,8 @@ class ModelClient:
         ) as client:
             begun = False
             try:
-                async with client.stream("POST", path, content=body) as response:
+                method = "GET" if body is None else "POST"
+                async with client.stream(method, path, content=body) as response:
                     begun = True
                     if response.is_error and "json" not in response.headers.get("content-type", ""):
                         raise ModelErrorException(

@@ -1,6 +1,6 @@
 """The engine: requests in, events out, on one model and the custom models that belong to it.
 
-`Engine` is the seam: the server knows nothing else, so another engine can stand behind it.
+The seam is `interface.Engine`: the server knows nothing else, so another engine can stand there.
 `BatchEngine` is ours: one thread, whose passes take all active requests together, each with its own
 custom model. What computes a pass is a backend (`backend.py`).
 
@@ -18,11 +18,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -38,72 +36,24 @@ from outcrop.errors import (
 )
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES
 from outcrop.serve.backend import Backend, Memory, Part, Scores
+from outcrop.serve.histogram import Histogram
+from outcrop.serve.interface import Deliver, EngineStats
 from outcrop.serve.paged import MAX_PAGE_BYTES, PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
 from outcrop.serve.plain import PlainBackend
 from outcrop.serve.prompt import check_prompt, fit_prompt, render_prompt
-from outcrop.serve.request import Event, Generation, GenerationRequest
+from outcrop.serve.request import Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
 
 logger = logging.getLogger("outcrop.model-server")
 
-Deliver = Callable[[Event], None]
-
 MAX_WAITING = 256
 """Requests that may wait; the next one is told to try again."""
+SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""Bounds of the histograms."""
 MAX_ACTIVE = 64
 """Requests that are answered at the same time."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine has done and is doing."""
-
-    num_active: int
-    num_waiting: int
-    num_requests: int
-    """Finished in any way since the start, cancelled ones included."""
-    input_tokens: int
-    output_tokens: int
-    num_adapters: int
-    """Adapters in memory."""
-    adapter_bytes: int
-    num_adapter_loads: int
-    num_passes: int
-    prefix_tokens: int
-    """Tokens of prompts that were not computed, because another request had them."""
-    num_preempted: int
-    """How often a request gave its pages back to an older one."""
-    idle_seconds: float
-    """Since the last request ended; 0 while there is one."""
-
-
-class Engine(Protocol):
-    """What a model server needs of an engine. Every method may be called from any thread."""
-
-    def submit(self, request: GenerationRequest, deliver: Deliver) -> int:
-        """Take a request and return its number; events follow from another thread.
-
-        Raises:
-            ValidationException: the prompt and the answer do not fit the context.
-            ThrottlingException: too many requests are waiting.
-        """
-
-    def cancel(self, number: int) -> None:
-        """Give up a request before its next token; one that has ended is left alone."""
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Return how many tokens the prompt has.
-
-        Raises:
-            ValidationException: the messages cannot be rendered.
-        """
-
-    def stats(self) -> EngineStats:
-        """Return the figures of this moment."""
-
-    def close(self) -> None:
-        """End all requests with an error, and the engine."""
 
 
 class _Task:
@@ -114,6 +64,7 @@ class _Task:
     ) -> None:
         self.request, self.sequence, self.deliver = request, sequence, deliver
         self.started = time.monotonic()
+        self.last_token: float | None = None
         self.cancelled = False
         self.table = PageTable()
         self.memory = Memory()
@@ -182,6 +133,8 @@ class BatchEngine:
         self._num_requests = self._input_tokens = self._output_tokens = 0
         self._num_passes = self._num_preempted = 0
         self._last_used = time.monotonic()
+        self._first_token_seconds, self._token_seconds = Histogram(SECONDS), Histogram(SECONDS)
+        self._pass_tokens = Histogram(TOKENS)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -244,7 +197,13 @@ class BatchEngine:
                 num_passes=self._num_passes,
                 prefix_tokens=self._pool.tokens_taken_over,
                 num_preempted=self._num_preempted,
+                num_pages=self._pool.num_pages,
+                num_pages_kept=self._pool.num_kept,
+                num_pages_free=self._pool.num_available - self._pool.num_kept,
                 idle_seconds=idle,
+                first_token_seconds=self._first_token_seconds.counts(),
+                token_seconds=self._token_seconds.counts(),
+                pass_tokens=self._pass_tokens.counts(),
             )
 
     def close(self) -> None:
@@ -333,6 +292,7 @@ class BatchEngine:
         if not parts:
             return
         self._num_passes += 1
+        self._pass_tokens.add(sum(len(part.token_ids) for part in parts))
         try:
             found = self._backend.run(parts)
         # Whatever a library raises: the thread that ends with it answers all others.
@@ -438,7 +398,10 @@ class BatchEngine:
         try:
             if task.sequence.wants_prompt_scores and task.sequence.output_tokens == 0:
                 task.sequence.read_prompt(scores, part.first_position)
-            event = None if task.num_left else task.sequence.accept(scores)
+            event = None
+            if not task.num_left:
+                event = task.sequence.accept(scores)
+                self._note_token(task)
             if event is not None:
                 task.deliver(event)
         except Exception as error:
@@ -446,6 +409,14 @@ class BatchEngine:
             return
         if isinstance(event, Generation):
             self._end(number)
+
+    def _note_token(self, task: _Task) -> None:
+        now = time.monotonic()
+        if task.last_token is None:
+            self._first_token_seconds.add(now - task.started)
+        else:
+            self._token_seconds.add(now - task.last_token)
+        task.last_token = now
 
     def _explain(self, task: _Task, error: Exception) -> ApiError:
         """Return what the client is told; the rest is in the log."""

@@ -45,7 +45,7 @@ from outcrop.serve.request import (
 from outcrop.settings import Settings
 
 if TYPE_CHECKING:
-    from outcrop.serve.engine import Engine
+    from outcrop.serve.interface import Engine
 
 T = TypeVar("T")
 logger = logging.getLogger("outcrop.model-server")

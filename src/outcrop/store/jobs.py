@@ -164,6 +164,13 @@ def live_jobs(connection: Connection, statuses: Sequence[JobStatus] = LIVE) -> l
     return [LiveJob(*row) for row in rows]  # asked five times a second, so without from_row
 
 
+def count_by_status(connection: Connection) -> dict[str, int]:
+    """Return how many jobs of all accounts are in each state that any is in."""
+    status = _TABLE.c.status
+    query = sa.select(status, sa.func.count().label("jobs")).group_by(status)
+    return {row.status: row.jobs for row in connection.execute(query)}
+
+
 def last_claims(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
     """Return the number of each account's last claim, which grows from claim to claim."""
     columns = _TABLE.c

@@ -24,7 +24,7 @@ from outcrop.models.lora import (
     attach,
     save_adapter,
 )
-from outcrop.serve.engine import Engine
+from outcrop.serve.interface import Engine
 from outcrop.serve.request import Event, Generation, GenerationRequest
 
 START, END = "<|im_start|>", "<|im_end|>"

@@ -525,3 +525,12 @@ def test_turns_are_remembered_by_account(engine: Engine) -> None:
             OTHER_ACCOUNT: 2,
         }
         assert jobs.last_claims(connection, []) == {}
+
+
+def test_jobs_are_counted_by_their_state_over_all_accounts(engine: Engine) -> None:
+    with engine.connect() as connection:
+        assert jobs.count_by_status(connection) == {}
+    with transaction(engine) as connection:
+        queued(connection, "first")
+        running(connection, "second")
+        assert jobs.count_by_status(connection) == {"queued": 1, "running": 1}

@@ -1,0 +1,75 @@
+"""What a model server needs of an engine, whatever computes in it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from outcrop.data.records import Message
+from outcrop.serve.histogram import Counts
+from outcrop.serve.request import Event, GenerationRequest
+
+Deliver = Callable[[Event], None]
+"""Takes the events of one request, from the engine's thread."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done and is doing."""
+
+    num_active: int
+    num_waiting: int
+    num_requests: int
+    """Finished in any way since the start, cancelled ones included."""
+    input_tokens: int
+    output_tokens: int
+    num_adapters: int
+    """Adapters in memory."""
+    adapter_bytes: int
+    num_adapter_loads: int
+    num_passes: int
+    prefix_tokens: int
+    """Tokens of prompts that were not computed, because another request had them."""
+    num_preempted: int
+    """How often a request gave its pages back to an older one."""
+    num_pages: int
+    num_pages_kept: int
+    """That no request uses and that can be taken over."""
+    num_pages_free: int
+    idle_seconds: float
+    """Since the last request ended; 0 while there is one."""
+    first_token_seconds: Counts
+    """From a request's arrival to its first token."""
+    token_seconds: Counts
+    """From one token of an answer to the next."""
+    pass_tokens: Counts
+    """Tokens that a pass computed."""
+
+
+class Engine(Protocol):
+    """What a model server needs of an engine. Every method may be called from any thread."""
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> int:
+        """Take a request and return its number; events follow from another thread.
+
+        Raises:
+            ValidationException: the prompt and the answer do not fit the context.
+            ThrottlingException: too many requests are waiting.
+        """
+
+    def cancel(self, number: int) -> None:
+        """Give up a request before its next token; one that has ended is left alone."""
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Return how many tokens the prompt has.
+
+        Raises:
+            ValidationException: the messages cannot be rendered.
+        """
+
+    def stats(self) -> EngineStats:
+        """Return the figures of this moment."""
+
+    def close(self) -> None:
+        """End all requests with an error, and the engine."""
