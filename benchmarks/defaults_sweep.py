@@ -343,8 +343,9 @@ def verdict(name: str, tests: Sequence[Mapping[str, Any]]) -> list[str]:
         word = "worse" if worse > 2 * noise else "not worse"
         shown = "test loss" if what == "loss" else TASKS[name].metric
         lines.append(
-            f"- {name}, {shown}: Outcrop is {word}: the means differ by {-worse:+.3f} in its "
-            f"favour; two standard errors of that are {2 * noise:.3f}."
+            f"- {name}, {shown}: Outcrop is {word}: the means differ by {abs(worse):.3f} "
+            f"{'against it' if worse > 0 else 'in its favour'}; two standard errors of that are "
+            f"{2 * noise:.3f}."
         )
     return lines
 

@@ -197,19 +197,23 @@ def _likeliest(token: TokenLogprob) -> dict[str, float] | None:
 def _text_offsets(tokens: Sequence[TokenLogprob], text: str) -> list[int]:
     """Return where each token begins in the text.
 
-    A token with a part of a character is put where that character begins, or the one before it;
-    the next whole one is looked for as far on as such tokens can reach.
+    A token with a part of a character begins where that character does, or where the first of
+    several does that such tokens share. Whole tokens are looked for as far on as those before can
+    reach, and one character further: some tokenizers write a token alone without its space.
     """
-    offsets, place, reach = [], 0, 1
+    offsets, place, reach, shared = [], 0, 1, False
     for token in tokens:
+        if shared and not token.text.startswith(REPLACEMENT):
+            place, reach, shared = place + 1, reach - 1, False  # past the character
         if REPLACEMENT in token.text:
             offsets.append(place)
-            reach += len(token.text)
+            parts = token.text.count(REPLACEMENT)
+            place, reach, shared = place + len(token.text) - parts, reach + parts, True
             continue
         found = text.find(token.text, place, place + reach + len(token.text))
-        place = found if found >= 0 else place
-        offsets.append(place)
-        place, reach = min(place + len(token.text), len(text)), 1
+        place, reach = max(place, found), 1
+        offsets.append(min(place, len(text)))
+        place += len(token.text)
     return offsets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.unit.api.runtime_gateway import ANSWER, SECONDS, Gateway, running_gateway
 
+from outcrop.api import openai_answers as answers
 from outcrop.errors import ValidationException
 from outcrop.identity import api_keys
 from outcrop.serve.request import Generation, TokenEvent, TokenLogprob
@@ -216,6 +220,22 @@ def test_offsets_are_places_in_the_text_where_tokens_share_characters(
     gateway.model.script(Generation("a日b é bParis is", 7, 12, "stop_sequence", logprobs=tokens))
     found = _logprobs(client.completions.create(model=LLAMA, prompt="x", logprobs=0))
     assert found.text_offset == [0, 1, 1, 1, 2, 3, 3, 5, 7, 13, 15, 15]
+
+
+@given(st.text("ab é日\U0001f600", max_size=20), st.sets(st.integers(1, 80)))
+def test_wherever_a_text_is_cut_whole_tokens_stand_where_they_are_said_to(
+    text: str, cuts: set[int]
+) -> None:
+    content = text.encode()
+    places = [0, *sorted(place for place in cuts if place < len(content)), len(content)]
+    texts = [content[a:b].decode(errors="replace") for a, b in itertools.pairwise(places)]
+    tokens = tuple(TokenLogprob(token, -1.0) for token in texts)
+    told = answers.logprobs("text", Generation(text, 1, len(tokens), "length", logprobs=tokens))
+    assert told is not None
+    assert told["text_offset"] == sorted(told["text_offset"])
+    for token, offset in zip(texts, told["text_offset"], strict=True):
+        assert 0 <= offset <= len(text)
+        assert "\ufffd" in token or text.startswith(token, offset)
 
 
 def test_log_probabilities_of_a_stream_are_in_its_last_chunk(
