@@ -65,6 +65,8 @@ class Target:
     """Key of the base weights; a custom model keeps those it was trained on."""
     artifact: Path | None
     """Folder of the custom model's artifact."""
+    digest: str | None = None
+    """Of that folder, as it was published."""
 
 
 async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Output:
@@ -162,6 +164,7 @@ def _generation_request(target: Target, native: NativeRequest) -> GenerationRequ
         messages=native.messages,
         sampling=native.sampling,
         adapter=str(target.artifact) if target.artifact else None,
+        adapter_digest=target.digest,
         prompt=native.raw_prompt,
     )
 
@@ -253,7 +256,8 @@ def _provisioned(
             f"The base model of {throughput.name} is not in the catalogue any more."
         )
     artifact = context.services.settings.data_dir / custom.artifact_path if custom else None
-    return Target(throughput.arn, base, throughput.weights, artifact)
+    digest = custom.artifact_digest if custom else None
+    return Target(throughput.arn, base, throughput.weights, artifact, digest)
 
 
 async def _ready_client(context: RequestContext, weights: str, deadline: float) -> ModelClient:

@@ -49,6 +49,26 @@ def read_artifact(folder: Path) -> Artifact:
     return Artifact(folder, adapter if (adapter / ADAPTER_CONFIG).is_file() else None)
 
 
+def check_digest(folder: Path, digest: str | None) -> None:
+    """Refuse a folder that is not as it was published.
+
+    Args:
+        digest: what `folder_digest` said then; None checks nothing.
+    Raises:
+        ModelError: a file was changed, added or removed, or cannot be read.
+    """
+    if digest is None:
+        return
+    try:
+        found = folder_digest(folder)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error}") from error
+    if found != digest:
+        raise ModelError(
+            f"{folder} is not what was published: its digest is {found}, and was {digest}."
+        )
+
+
 def copy_weights(weights: Path, folder: Path) -> None:
     """Bring the files of a whole model into a new artifact, without an adapter beside them.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from outcrop.errors import ModelError
-from outcrop.models.artifact import read_artifact
+from outcrop.models.artifact import check_digest, read_artifact
 from outcrop.models.lora import Adapter, load_adapter, set_adapter
 from outcrop.serve.network import Network, load_network
 
@@ -63,9 +63,11 @@ class Adapters:
         """Memory of the adapters that are kept."""
         return sum(map(_num_bytes, list(self._kept.values())))
 
-    def load(self, artifact: str) -> Network:
+    def load(self, artifact: str, digest: str | None = None) -> Network:
         """Bring an artifact into memory, unless it is there, and return the network it runs on.
 
+        Args:
+            digest: what its `folder_digest` must be; None takes it as it is.
         Raises:
             ModelError: the artifact is missing, damaged, or does not fit the base.
         """
@@ -75,6 +77,7 @@ class Adapters:
         if artifact in self._kept:
             self._kept.move_to_end(artifact)
             return self._base
+        check_digest(Path(artifact), digest)
         found = read_artifact(Path(artifact))
         name = Path(artifact).parent.name
         if found.weights is not None:
@@ -95,15 +98,18 @@ class Adapters:
             self._kept.popitem(last=False)
         return self._base
 
-    def use(self, artifact: str | None) -> Network:
+    def use(self, artifact: str | None, digest: str | None = None) -> Network:
         """Return the network, ready to answer as the artifact, or as the base where it is None.
 
         Holds until the next call.
 
+        Args:
+            digest: as in `load`.
+
         Raises:
             ModelError: as `load`.
         """
-        network = self._base if artifact is None else self.load(artifact)
+        network = self._base if artifact is None else self.load(artifact, digest)
         if network is not self._base or artifact == self._set:
             return network
         try:

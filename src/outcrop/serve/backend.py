@@ -86,11 +86,14 @@ class Backend(Protocol):
     def num_loads(self) -> int:
         """How often an artifact was read."""
 
-    def load(self, artifact: str | None, in_use: Collection[str]) -> bool:
+    def load(
+        self, artifact: str | None, in_use: Collection[str], digest: str | None = None
+    ) -> bool:
         """Bring a custom model into memory, unless it is there.
 
         Args:
             in_use: custom models that must stay.
+            digest: what the artifact's `folder_digest` must be; None takes it as it is.
         Returns:
             False where those leave no room; the model is not loaded then.
         Raises:

@@ -260,7 +260,9 @@ class BatchEngine:
                 if (artifact := self._tasks[other].request.adapter) is not None
             }
             try:
-                if not self._backend.load(task.request.adapter, in_use) and self._active:
+                request = task.request
+                is_loaded = self._backend.load(request.adapter, in_use, request.adapter_digest)
+                if not is_loaded and self._active:
                     return
             except Exception as error:
                 self._fail(number, self._explain(task, error))
@@ -509,6 +511,6 @@ def _ending() -> ApiError:
 def _unusable() -> ApiError:
     # The details hold paths of this machine; they are in the log.
     return ModelErrorException(
-        "The weights of the custom model cannot be used: they are missing, damaged or do not fit "
-        "the base model. The model server's log says which."
+        "The weights of the custom model cannot be used: they are missing, changed or damaged, or "
+        "do not fit the base model. The model server's log says which."
     )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from outcrop.errors import ModelError
-from outcrop.models.artifact import read_artifact
+from outcrop.models.artifact import check_digest, read_artifact
 from outcrop.models.load import compute_dtype
 from outcrop.models.lora import load_adapter
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES, MAX_OWN_BYTES
@@ -123,7 +123,9 @@ class PagedBackend:
         """See `Backend`."""
         return sum(adapter.num_bytes for adapter in list(self._adapters.values()))
 
-    def load(self, artifact: str | None, in_use: Collection[str]) -> bool:
+    def load(
+        self, artifact: str | None, in_use: Collection[str], digest: str | None = None
+    ) -> bool:
         """See `Backend`."""
         if artifact is None:
             return True
@@ -131,6 +133,7 @@ class PagedBackend:
             if artifact in kept:
                 kept.move_to_end(artifact)
                 return True
+        check_digest(Path(artifact), digest)
         found = read_artifact(Path(artifact))
         name = Path(artifact).parent.name
         if found.weights is None:

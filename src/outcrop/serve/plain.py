@@ -70,10 +70,12 @@ class PlainBackend:
         """See `Backend`."""
         return self._adapters.num_loaded
 
-    def load(self, artifact: str | None, in_use: Collection[str]) -> bool:
+    def load(
+        self, artifact: str | None, in_use: Collection[str], digest: str | None = None
+    ) -> bool:
         """See `Backend`; an adapter that has to go is read again for its next part."""
         if artifact is not None:
-            self._adapters.use(artifact)
+            self._adapters.use(artifact, digest)
         return True
 
     def run(self, parts: Sequence[Part]) -> list[Scores | Exception | None]:

@@ -54,6 +54,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: str | None = None
     """Folder of the custom model's artifact; None asks the base."""
+    adapter_digest: str | None = None
+    """What the artifact's `folder_digest` must be when it is read; None takes it as it is."""
     timeout_seconds: float | None = None
     """Counted from the arrival at the model server; None means the server's own limit."""
     prompt: str | tuple[int, ...] | None = None
@@ -112,6 +114,7 @@ def request_to_json(request: GenerationRequest) -> bytes:
             "messages": _messages(request.messages),
             "sampling": sampling,
             "adapter": request.adapter,
+            "adapter_digest": request.adapter_digest,
             "timeout_seconds": request.timeout_seconds,
             "prompt": request.prompt,
         }
@@ -130,6 +133,7 @@ def request_from_json(body: bytes) -> GenerationRequest:
         messages=_read_messages(value["messages"]),
         sampling=replace(sampling, stop=tuple(sampling.stop)),
         adapter=value["adapter"],
+        adapter_digest=value["adapter_digest"],
         timeout_seconds=value["timeout_seconds"],
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
     )

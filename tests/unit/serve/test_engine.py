@@ -27,6 +27,7 @@ from outcrop.errors import (
     ThrottlingException,
     ValidationException,
 )
+from outcrop.models.artifact import folder_digest
 from outcrop.models.lora import load_adapter, set_adapter
 from outcrop.serve.adapters import Adapters
 from outcrop.serve.engine import MAX_ACTIVE, BatchEngine
@@ -256,6 +257,26 @@ def test_a_damaged_adapter_fails_its_requests_only(
         assert str(tmp_path) not in caught.value.message
     assert ask(engine) == base
     assert ask(engine, adapter=artifacts[0]) != base
+
+
+def test_an_artifact_that_changed_since_it_was_published_fails_its_requests_only(
+    engine: BatchEngine, artifacts: list[Path], tmp_path: Path
+) -> None:
+    changed, same = (shutil.copytree(artifacts[0], tmp_path / name) for name in ("1", "2"))
+    digest = folder_digest(artifacts[0])
+    weights = changed / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # one bit of one number: it is still an adapter
+    weights.write_bytes(content)
+    wanted = ask(engine, adapter=artifacts[0])
+    for adapter, is_whole in ((same, True), (changed, False), (same, True)):
+        request = GenerationRequest(HELLO, GREEDY, str(adapter), digest)
+        last = list(stream(engine, request))[-1]
+        if is_whole:
+            assert last == wanted
+        else:
+            assert isinstance(last, ModelErrorException)
+            assert "changed or damaged" in last.message
 
 
 def test_an_adapter_of_another_model_is_refused(engine: BatchEngine, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ REQUESTS = st.builds(
     messages=MESSAGES,
     sampling=SAMPLING,
     adapter=st.none() | st.text(),
+    adapter_digest=st.none() | st.text(),
     timeout_seconds=st.none() | NUMBERS,
     prompt=st.none() | st.text() | st.lists(st.integers(0)).map(tuple),
 )
