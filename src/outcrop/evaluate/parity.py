@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from outcrop.models.decoder import Decoder
+    from outcrop.models.lanes import Lanes
     from outcrop.serve.backend import Backend
 
 MAX_RECORDS = 8
@@ -57,19 +58,8 @@ class Parity:
     num_tokens: int
 
 
-def record_losses(
-    model: LlamaForCausalLM,
-    examples: Sequence[Example],
-    *,
-    decoder: Decoder | None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[RecordLoss, ...]:
-    """Return the losses of a few records under the model as it is in memory.
-
-    Args:
-        examples: of which the first ones that carry loss are taken.
-        decoder: the passes over the model as it is now; None makes them where they cover it.
-    """
+def choose_records(examples: Sequence[Example]) -> list[Example]:
+    """Return the first few records that carry loss."""
     chosen: list[Example] = []
     room = MAX_TOKENS
     for example in examples:
@@ -79,9 +69,27 @@ def record_losses(
             room -= length
         if len(chosen) == MAX_RECORDS or room <= 0:
             break
+    return chosen
+
+
+def record_losses(
+    model: LlamaForCausalLM,
+    examples: Sequence[Example],
+    *,
+    decoder: Decoder | None,
+    lanes: Lanes | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[RecordLoss, ...]:
+    """Return the loss of each record under the model as it is in memory, one at a time.
+
+    Args:
+        decoder, lanes: as `evaluate_likelihood` takes them.
+    """
     found = []
-    for example in chosen:
-        likelihood = evaluate_likelihood(model, [example], should_stop=should_stop, decoder=decoder)
+    for example in examples:
+        likelihood = evaluate_likelihood(
+            model, [example], should_stop=should_stop, decoder=decoder, lanes=lanes
+        )
         found.append(RecordLoss(example, likelihood.loss, likelihood.num_tokens))
     return tuple(found)
 

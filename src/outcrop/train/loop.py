@@ -22,7 +22,7 @@ import torch
 from outcrop.data.records import Example
 from outcrop.errors import EmptyLossError, NonFiniteLossError, StopRequested, TrainingError
 from outcrop.evaluate.likelihood import evaluate_likelihood, num_loss_tokens
-from outcrop.evaluate.parity import RecordLoss, record_losses
+from outcrop.evaluate.parity import RecordLoss, choose_records, record_losses
 from outcrop.models.artifact import folder_digest as folder_digest
 from outcrop.models.artifact import read_artifact
 from outcrop.models.kernels import are_compiled
@@ -307,11 +307,16 @@ def train(
         if published_step != state.steps:
             run.restore_values(read_best(state, output))
             logger.info("the state after step %d was the best one", published_step)
-    sample = record_losses(
-        model,
-        validation or examples,
-        decoder=None if trainable.flat is None else trainable.flat.decoder,
-        should_stop=is_to_stop,
+    compared = choose_records(validation or examples)
+    sample = run.within_memory(
+        compared,
+        lambda portions: record_losses(
+            model,
+            compared,
+            decoder=None if trainable.flat is None else trainable.flat.decoder,
+            lanes=lanes,
+            should_stop=is_to_stop,
+        ),
     )
     artifact = output / ARTIFACT
     trainable.save(artifact, folder)
