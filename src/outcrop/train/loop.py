@@ -33,7 +33,7 @@ from outcrop.train.batches import describe_batch, shuffled
 from outcrop.train.checkpoint import Keeper, RunState, newest_checkpoint, run_identity
 from outcrop.train.device import choose_device, default_portions, device_dtype, device_name
 from outcrop.train.gradients import gather_gradients, micro_batches
-from outcrop.train.memory import check_room
+from outcrop.train.memory import check_room, trim_heap
 from outcrop.train.methods import Trainable, make_trainable
 from outcrop.train.metrics import StepRow, ValidationRow
 from outcrop.train.plan import TrainPlan
@@ -307,16 +307,17 @@ def train(
         if published_step != state.steps:
             run.restore_values(read_best(state, output))
             logger.info("the state after step %d was the best one", published_step)
-    compared = choose_records(validation or examples)
-    sample = run.within_memory(
-        compared,
-        lambda portions: record_losses(
-            model,
-            compared,
-            decoder=None if trainable.flat is None else trainable.flat.decoder,
-            lanes=lanes,
-            should_stop=is_to_stop,
-        ),
+    # What steps computed in is not needed any more: one record at a time then fits in any case.
+    trainable.drop_gradients()
+    for workspace in lanes.workspaces:
+        workspace.forget()
+    trim_heap()
+    sample = record_losses(
+        model,
+        choose_records(validation or examples),
+        decoder=None if trainable.flat is None else trainable.flat.decoder,
+        lanes=lanes,
+        should_stop=should_stop,
     )
     artifact = output / ARTIFACT
     trainable.save(artifact, folder)
