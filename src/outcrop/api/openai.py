@@ -175,12 +175,26 @@ class Answer:
     # --- sending ---------------------------------------------------------------------------------
 
     async def _stream(self, work: _Work) -> None:
-        """Send the answers as they come. What is refused before the first token has its status."""
+        """Send the answers as they come. What is refused before the first token has its status.
+
+        Several answers are asked for at once, and one of them may be refused when another has begun
+        already. So nothing is sent before each of them has begun.
+        """
         ask, reply = work.ask, work.reply
         ended: dict[int, Generation] = {}
         sent: dict[int, int] = {}
+        not_begun = set(range(len(ask.requests)))
+        held: list[tuple[int, TokenEvent | Generation]] = []
 
         async def take(index: int, event: TokenEvent | Generation) -> None:
+            not_begun.discard(index)
+            held.append((index, event))
+            if not not_begun:
+                for one in held:
+                    await send(*one)
+                held.clear()
+
+        async def send(index: int, event: TokenEvent | Generation) -> None:
             prompt = ask.prompts[index]
             done = isinstance(event, Generation)
             if isinstance(event, Generation):

@@ -55,12 +55,15 @@ class ScriptedModelServer:
         self.events: tuple[Event, ...] = ANSWER
         self.ending: Literal["done", "cut", "wait"] = "done"
         """After the events: end well, hang up, or wait for the client to go away."""
+        self.late_refusal: tuple[object, ApiError] | None = None
+        """A prompt, and how it is refused, once another request has its whole answer."""
         self.requests: list[GenerationRequest] = []
         self.counted: list[tuple[Message, ...]] = []
         self.was_left = threading.Event()
         """A client went away from an answer that was not over."""
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
+        self._answered = asyncio.Event()
         self._up = threading.Event()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
         self._thread.start()
@@ -70,7 +73,7 @@ class ScriptedModelServer:
         self, *events: Event, ending: Literal["done", "cut", "wait"] = "done"
     ) -> ScriptedModelServer:
         """Answer so from now on, and forget what was asked."""
-        self.events, self.ending = events, ending
+        self.events, self.ending, self.late_refusal = events, ending, None
         self.requests.clear()
         self.counted.clear()
         self.was_left.clear()
@@ -96,8 +99,16 @@ class ScriptedModelServer:
                 self.counted.append(messages_from_json(body))
                 _reply(writer, 200, json.dumps({"input_tokens": 7}).encode())
             else:
-                self.requests.append(request_from_json(body))
-                await self._generate(reader, writer)
+                request = request_from_json(body)
+                self.requests.append(request)
+                if self.late_refusal and request.prompt == self.late_refusal[0]:
+                    await asyncio.wait_for(self._answered.wait(), SECONDS)
+                    error = self.late_refusal[1]
+                    _reply(writer, error.http_status, event_to_json(error))
+                else:
+                    await self._generate(reader, writer)
+                    await writer.drain()
+                    self._answered.set()
             await writer.drain()
         writer.close()
         with contextlib.suppress(ConnectionError):

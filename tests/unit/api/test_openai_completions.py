@@ -72,6 +72,15 @@ def test_each_prompt_of_a_list_is_completed(gateway: Gateway, client: openai.Ope
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (14, 16)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_refused_prompt_of_several_refuses_the_request(
+    gateway: Gateway, client: openai.OpenAI, stream: bool
+) -> None:
+    gateway.model.late_refusal = ("two", ValidationException("not this one"))
+    with pytest.raises(openai.BadRequestError, match="not this one"):
+        client.completions.create(model=LLAMA, prompt=["one", "two"], stream=stream)
+
+
 def test_a_completion_that_sets_nothing_has_openais_defaults(
     gateway: Gateway, client: openai.OpenAI
 ) -> None:
