@@ -5,13 +5,15 @@
  * sequence's own pages. A row's arithmetic does not depend on the rows it shares a pass with, nor
  * on the number of threads: each of its sums is taken in one and the same order.
  *
- * Matrices are bfloat16 in panels of 64 columns, [columns / 64][depth / 2][64][2]: two numbers of a
- * column lie together, as VDPBF16PS multiplies them; other processors take two fused steps for it.
- * The residual stream, norms, angles, scores and sums are float32.
+ * Matrices are bfloat16 in strips of 16 columns, [columns / 16][depth / 2][16][2]: two numbers of a
+ * column lie together, as VDPBF16PS multiplies them. Where there is that instruction, the rows'
+ * numbers are rounded to bfloat16 before they are multiplied. Elsewhere they stay float32, and a
+ * pair of a column is widened in registers, exactly, and takes two fused steps.
+ * The residual stream, norms, angles, scores and sums are float32 everywhere.
  *
  * A page holds the keys and values of 16 tokens, of one layer and one group of heads that share
- * them: keys as [head / 2][16][2], values as [16 / 2][head][2], so that either is the right side of
- * such a product. A head is stored with its width rounded up to 16.
+ * them, in bfloat16: keys as [head / 2][16][2], values as [head / 16][16 / 2][16][2], so that either
+ * is made of strips. A head is stored with its width rounded up to 16.
  *
  * Compiled on the machine it runs on (forward.py, which also says what the fields of the structs
  * are); plain C with vectors of GCC and Clang. Not with -fassociative-math: order is a promise.
@@ -28,21 +30,40 @@
 #include <immintrin.h>
 #endif
 
-#define PANEL 64     /* columns of a matrix that lie together */
-#define UNIT 16      /* columns of one vector */
-#define VECTORS 4    /* of a panel */
-#define ROWS 6       /* of a tile: 6 * 4 sums, 4 columns and a pair fit into 32 registers */
-#define PAGE 16      /* tokens */
-#define TILE 64      /* keys that attention looks at together */
-#define QUERY_TOKENS 8 /* tokens of a task of attention, at most */
-#define QUERY_ROWS 48  /* those, times the heads that share keys */
+#ifndef UNIT /* numbers of a vector; tests set it */
+#if defined(__AVX512F__)
+#define UNIT 16
+#elif defined(__AVX__)
+#define UNIT 8
+#else
+#define UNIT 4
+#endif
+#endif
+#ifdef __AVX512BF16__
+#define ROUNDED /* rows' numbers are; tests set it */
+#endif
+
+#define STRIP 16               /* columns of a matrix that lie together */
+#define VECTORS (STRIP / UNIT) /* of a strip */
+#define ROWS 6                 /* of a tile */
+#define STRIPS 4               /* of a tile, at most */
+#define PAGE 16                /* tokens */
+#define TILE 64                /* keys that attention looks at together */
+#define QUERY_TOKENS 8         /* tokens of a task of attention, at most */
+#define QUERY_ROWS 48          /* those, times the heads that share keys */
 #define MAX_HEAD 256
 
 typedef uint16_t half; /* bfloat16: the upper half of a float32 */
-typedef float vec __attribute__((vector_size(64), aligned(64)));
-typedef uint32_t words __attribute__((vector_size(64), aligned(64)));
-typedef int32_t ints __attribute__((vector_size(64), aligned(64)));
-typedef half halves __attribute__((vector_size(32), aligned(2)));
+typedef float vec __attribute__((vector_size(UNIT * 4), aligned(UNIT * 4)));
+typedef uint32_t words __attribute__((vector_size(UNIT * 4), aligned(UNIT * 4)));
+typedef int32_t ints __attribute__((vector_size(UNIT * 4), aligned(UNIT * 4)));
+typedef half halves __attribute__((vector_size(UNIT * 2), aligned(2)));
+
+#ifdef ROUNDED
+typedef half act; /* what rows are multiplied in */
+#else
+typedef float act;
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -55,21 +76,6 @@ INLINE vec pick(ints which, vec a, vec b) {
 }
 
 INLINE vec greater(vec a, vec b) { return pick(a > b, a, b); }
-
-/* sum + the two products of a pair with each column's pair. */
-INLINE vec pairs(vec sum, uint32_t pair, words columns) {
-#ifdef __AVX512BF16__
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair),
-                                 (__m512bh)columns);
-#else
-    uint32_t bits[2] = {pair << 16, pair & 0xffff0000u};
-    float x[2];
-    memcpy(x, bits, sizeof x);
-    sum += all(x[0]) * (vec)(columns << 16);
-    sum += all(x[1]) * (vec)(columns & 0xffff0000u);
-    return sum;
-#endif
-}
 
 INLINE float widen(half x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -97,6 +103,34 @@ INLINE halves narrows(vec x) {
 }
 
 INLINE vec widens(halves x) { return (vec)(__builtin_convertvector(x, words) << 16); }
+
+/* What is multiplied: a row's numbers, and a strip's. */
+INLINE vec first_of(words both) { return (vec)(both << 16); }
+INLINE vec second_of(words both) { return (vec)(both & 0xffff0000u); }
+#ifdef ROUNDED
+INLINE vec pairs(vec sum, const act *x, words both) { /* sum + the products of a pair of a row */
+#ifdef __AVX512BF16__
+    uint32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair),
+                                 (__m512bh)both);
+#else
+    sum += all(widen(x[0])) * first_of(both);
+    return sum + all(widen(x[1])) * second_of(both);
+#endif
+}
+INLINE act to_act(float x) { return narrow(x); }
+INLINE void put_acts(act *to, vec x) { *(halves *)to = narrows(x); }
+INLINE vec take_acts(const act *from) { return widens(*(const halves *)from); }
+#else
+INLINE act to_act(float x) { return x; }
+INLINE void put_acts(act *to, vec x) { memcpy(to, &x, sizeof x); }
+INLINE vec take_acts(const act *from) {
+    vec x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+#endif
 
 /* exp(x) of numbers up to 88, with a relative error below 3e-7; below -87 it is as at -87. Reduced
  * to +-ln(2)/2; there a polynomial of degree 6 with Cephes' coefficients does. */
@@ -249,7 +283,7 @@ typedef struct {
     int64_t padded; /* width of a head as it is stored */
     int changed;    /* whether a row of this pass has an adapter */
     float *x, *qkv;
-    half *h, *q, *y, *inner;
+    act *h, *q, *y, *inner;
     half *no_page;
     float *weights;        /* [threads][vocabulary] */
     candidate *candidates; /* likewise */
@@ -270,130 +304,174 @@ size_t forward_size(int64_t which) {
 
 /* ---- matrix products ---- */
 
-/* out[R][V vectors] = the rows of x times V vectors of columns, over the depth in order. */
-#define TILE_OF(R, V)                                                                             \
-    static void tile_##R##_##V(const half *x, int64_t stride, const half *columns, int64_t depth, \
-                               float *out) {                                                      \
-        vec sums[R][V];                                                                           \
-        for (int i = 0; i < R; i++)                                                               \
-            for (int j = 0; j < V; j++) sums[i][j] = (vec){0};                                    \
-        for (int64_t k = 0; k < depth; k += 2) {                                                  \
-            words column[V];                                                                      \
-            for (int j = 0; j < V; j++)                                                           \
-                column[j] = *(const words *)(columns + k * PANEL + j * UNIT * 2);                 \
-            for (int i = 0; i < R; i++) {                                                         \
-                uint32_t pair;                                                                    \
-                memcpy(&pair, x + i * stride + k, sizeof pair);                                   \
-                for (int j = 0; j < V; j++) sums[i][j] = pairs(sums[i][j], pair, column[j]);      \
-            }                                                                                     \
-        }                                                                                         \
-        for (int i = 0; i < R; i++)                                                               \
-            for (int j = 0; j < V; j++) *(vec *)(out + i * PANEL + j * UNIT) = sums[i][j];        \
+/* sums += the products of R rows with N vectors of columns, for a pair of the depth. AT is where a
+ * vector's columns are. What is live at once fits into the registers, and it is written in the order
+ * in which it is to be computed: compilers that move the loads up run out of registers. */
+#ifdef ROUNDED
+#define PAIR(R, N, AT)                                                                             \
+    for (int j = 0; j < N; j++) {                                                                  \
+        words both = *(const words *)AT(j);                                                        \
+        for (int i = 0; i < R; i++) sums[i][j] = pairs(sums[i][j], x + i * stride + k, both);      \
     }
-#define TILES_OF(R) TILE_OF(R, 1) TILE_OF(R, 2) TILE_OF(R, 3) TILE_OF(R, 4)
-TILES_OF(1) TILES_OF(2) TILES_OF(3) TILES_OF(4) TILES_OF(5) TILES_OF(6)
+#else
+#define HALF_PAIR(R, N, AT, WHICH, PLACE)                                                          \
+    if (R < 4) {                                                                                   \
+        vec number[R];                                                                             \
+        for (int i = 0; i < R; i++) number[i] = all(x[i * stride + k + PLACE]);                    \
+        for (int j = 0; j < N; j++) {                                                              \
+            vec column = WHICH(*(const words *)AT(j));                                                             \
+            for (int i = 0; i < R; i++) sums[i][j] += number[i] * column;                          \
+        }                                                                                          \
+    } else {                                                                                       \
+        vec column[N];                                                                             \
+        for (int j = 0; j < N; j++) column[j] = WHICH(*(const words *)AT(j));                                      \
+        for (int i = 0; i < R; i++) {                                                              \
+            vec number = all(x[i * stride + k + PLACE]);                                           \
+            for (int j = 0; j < N; j++) sums[i][j] += number * column[j];                          \
+        }                                                                                          \
+    }
+#define PAIR(R, N, AT) HALF_PAIR(R, N, AT, first_of, 0) HALF_PAIR(R, N, AT, second_of, 1)
+#endif
+
+/* out[R][S strips] = (or, with add, +=) the rows of x times the strips, over the depth in order. What
+ * lies so many numbers ahead of the strips is fetched meanwhile: it is what comes next. */
+#define COLUMNS_AT(J) (from[(J) / VECTORS] + k * STRIP + (J) % VECTORS * UNIT * 2)
+#define TILE_OF(R, S)                                                                              \
+    static void tile_##R##_##S(const act *x, int64_t stride, const half *const *strips,            \
+                               int64_t depth, int64_t ahead, float *out, int64_t width, int add) { \
+        vec sums[R][S * VECTORS];                                                                  \
+        for (int i = 0; i < R; i++)                                                                \
+            for (int j = 0; j < S * VECTORS; j++)                                                  \
+                sums[i][j] = add ? *(vec *)(out + i * width + j * UNIT) : (vec){0};                \
+        const half *from[S];                                                                       \
+        for (int s = 0; s < S; s++) from[s] = strips[s];                                           \
+        for (int64_t k = 0; k < depth; k += 2) {                                                   \
+            for (int s = 0; s < S; s++) __builtin_prefetch(from[s] + k * STRIP + ahead, 0, 2);     \
+            PAIR(R, S * VECTORS, COLUMNS_AT)                                                       \
+        }                                                                                          \
+        for (int i = 0; i < R; i++)                                                                \
+            for (int j = 0; j < S * VECTORS; j++)                                                  \
+                *(vec *)(out + i * width + j * UNIT) = sums[i][j];                                 \
+    }
+typedef void (*tile_function)(const act *, int64_t, const half *const *, int64_t, int64_t, float *,
+                              int64_t, int);
+TILE_OF(1, 1) TILE_OF(1, 2) TILE_OF(1, 3) TILE_OF(1, 4)
+TILE_OF(2, 1) TILE_OF(2, 2) TILE_OF(2, 3)
+TILE_OF(3, 1) TILE_OF(3, 2)
+TILE_OF(4, 1) TILE_OF(5, 1) TILE_OF(6, 1)
+#if UNIT == 16 /* 32 registers, one for a strip */
+TILE_OF(2, 4) TILE_OF(3, 3) TILE_OF(3, 4) TILE_OF(4, 2) TILE_OF(4, 3) TILE_OF(4, 4)
+TILE_OF(5, 2) TILE_OF(5, 3) TILE_OF(5, 4) TILE_OF(6, 2) TILE_OF(6, 3) TILE_OF(6, 4)
 #define NAMES_OF(R) {tile_##R##_1, tile_##R##_2, tile_##R##_3, tile_##R##_4}
-typedef void (*tile_function)(const half *, int64_t, const half *, int64_t, float *);
-static const tile_function tile_of[ROWS][VECTORS] = {NAMES_OF(1), NAMES_OF(2), NAMES_OF(3),
-                                                     NAMES_OF(4), NAMES_OF(5), NAMES_OF(6)};
+static const tile_function tile_of[ROWS][STRIPS] = {NAMES_OF(1), NAMES_OF(2), NAMES_OF(3),
+                                                    NAMES_OF(4), NAMES_OF(5), NAMES_OF(6)};
+static const int most_strips[ROWS] = {4, 4, 4, 4, 4, 4};
+#else
+static const tile_function tile_of[ROWS][STRIPS] = {
+    {tile_1_1, tile_1_2, tile_1_3, tile_1_4}, {tile_2_1, tile_2_2, tile_2_3},
+    {tile_3_1, tile_3_2}, {tile_4_1}, {tile_5_1}, {tile_6_1}};
+static const int most_strips[ROWS] = {4, 3, 2, 1, 1, 1};
+#endif
+
+/* The same for any number of rows and strips. */
+static void tiles(const act *x, int64_t stride, int64_t rows, const half *const *strips,
+                  int64_t count, int64_t depth, int64_t ahead, float *out, int64_t width, int add) {
+    for (int64_t i = 0; i < rows; i += ROWS) {
+        int64_t some = rows - i < ROWS ? rows - i : ROWS, most = most_strips[some - 1];
+        for (int64_t s = 0; s < count; s += most)
+            tile_of[some - 1][(count - s < most ? count - s : most) - 1](
+                x + i * stride, stride, strips + s, depth, ahead, out + i * width + s * STRIP, width,
+                add);
+    }
+}
 
 enum { STORE, ADD, GATED };
 
 typedef struct {
     int kind, linear, layer; /* linear: LINEARS where no adapter changes it */
-    const half *x, *matrix;
+    const act *x;
+    const half *matrix;
     int64_t rows, depth, columns;
-    float *wide;  /* STORE, ADD: [rows][columns] */
-    half *narrow; /* GATED: [rows][columns / 2] */
+    float *wide; /* STORE, ADD: [rows][columns] */
+    act *acts;   /* GATED: [rows][columns / 2] */
 } product;
 
-/* Which part of an adapter's inner numbers changes a unit of columns. */
-static int64_t part_of(const model *m, int linear, int64_t unit) {
-    int64_t queries = m->heads * m->head, keys = m->groups * m->head, column = unit * UNIT;
+/* Which part of an adapter's inner numbers changes a strip. */
+static int64_t part_of(const model *m, int linear, int64_t strip) {
+    int64_t queries = m->heads * m->head, keys = m->groups * m->head, column = strip * STRIP;
     if (linear == QKV) return column < queries ? 0 : column < queries + keys ? 1 : 2;
-    return linear == GATE_UP ? unit % VECTORS >= 2 : 0;
+    return linear == GATE_UP ? strip % 2 : 0;
 }
 
 /* The sums of a row go on over its adapter's inner numbers: rounded once, as in training. */
-static void add_change(engine *e, const product *p, int64_t row, int64_t panel, int first,
-                       int count, float *out) {
-    const change *adapter = e->p->sequence[e->sequence_of[row]].adapter;
-    if (!adapter || !adapter->layers[p->layer].b[p->linear]) return;
-    const half *inner[VECTORS];
-    const half *columns = adapter->layers[p->layer].b[p->linear] + panel * adapter->rank * PANEL;
-    vec sums[VECTORS];
-    for (int j = first; j < first + count; j++) {
-        inner[j] = e->inner + row * e->most.changed +
-                   adapter->rank * part_of(e->m, p->linear, panel * VECTORS + j);
-        sums[j] = *(vec *)(out + j * UNIT);
-    }
-    for (int64_t k = 0; k < adapter->rank; k += 2)
-        for (int j = first; j < first + count; j++) {
-            uint32_t pair;
-            memcpy(&pair, inner[j] + k, sizeof pair);
-            sums[j] = pairs(sums[j], pair, *(const words *)(columns + k * PANEL + j * UNIT * 2));
+static void add_changes(engine *e, const product *p, int64_t row, int64_t rows, int64_t strip,
+                        int64_t count, float *out) {
+    for (int64_t end; rows; row += end, out += end * STRIPS * STRIP, rows -= end) {
+        const change *adapter = e->p->sequence[e->sequence_of[row]].adapter;
+        for (end = 1; end < rows; end++) /* rows of one adapter go together */
+            if (e->p->sequence[e->sequence_of[row + end]].adapter != adapter) break;
+        const half *b = adapter ? adapter->layers[p->layer].b[p->linear] : 0;
+        if (!b) continue;
+        for (int64_t s = 0; s < count; s++) {
+            const half *from = b + (strip + s) * adapter->rank * STRIP;
+            tiles(e->inner + row * e->most.changed +
+                      adapter->rank * part_of(e->m, p->linear, strip + s),
+                  e->most.changed, end, &from, 1, adapter->rank, 0, out + s * STRIP, STRIPS * STRIP, 1);
         }
-    for (int j = first; j < first + count; j++) *(vec *)(out + j * UNIT) = sums[j];
+    }
 }
 
-/* Some rows times some vectors of a panel, with what becomes of the result. */
-static void block(engine *e, const product *p, int64_t row, int64_t rows, int64_t panel, int first,
-                  int count) {
-    float tile[ROWS * PANEL] __attribute__((aligned(64)));
-    tile_of[rows - 1][count - 1](p->x + row * p->depth, p->depth,
-                                 p->matrix + panel * p->depth * PANEL + first * UNIT * 2, p->depth,
-                                 tile + first * UNIT);
-    if (p->linear != LINEARS && e->changed)
-        for (int64_t i = 0; i < rows; i++)
-            add_change(e, p, row + i, panel, first, count, tile + i * PANEL);
-    int64_t column = panel * PANEL + first * UNIT, width = count * UNIT;
-    if (column + width > p->columns) width = p->columns - column;
+/* Some rows times up to STRIPS strips, with what becomes of the result. */
+static void block(engine *e, const product *p, int64_t row, int64_t rows, int64_t strip,
+                  int64_t count) {
+    float sums[ROWS * STRIPS * STRIP] __attribute__((aligned(64)));
+    const int64_t width = STRIPS * STRIP;
+    const half *strips[STRIPS];
+    for (int64_t s = 0; s < count; s++) strips[s] = p->matrix + (strip + s) * p->depth * STRIP;
+    tiles(p->x + row * p->depth, p->depth, rows, strips, count, p->depth, count * p->depth * STRIP, sums, width,
+          0);
+    if (p->linear != LINEARS && e->changed) add_changes(e, p, row, rows, strip, count, sums);
+    int64_t column = strip * STRIP, used = count * STRIP;
+    if (column + used > p->columns) used = p->columns - column;
     for (int64_t i = 0; i < rows; i++) {
-        const float *from = tile + i * PANEL + first * UNIT;
-        if (p->kind == GATED) { /* a whole panel: 32 columns of the gate, 32 of what it opens */
-            half *to = p->narrow + (row + i) * (p->columns / 2) + panel * (PANEL / 2);
-            for (int c = 0; c < PANEL / 2; c += UNIT) {
-                vec x = *(const vec *)(from + c), other = *(const vec *)(from + PANEL / 2 + c);
-                vec below = exponentials(pick(x < all(-88.0f), all(88.0f), -x));
-                *(halves *)(to + c) = narrows(x / (all(1.0f) + below) * other);
+        const float *from = sums + i * width;
+        if (p->kind == GATED) { /* a strip of the gate, one of what it opens, in turn */
+            act *to = p->acts + (row + i) * (p->columns / 2) + column / 2;
+            for (int64_t c = 0; c < count / 2 * STRIP; c += UNIT) {
+                const float *at = from + c + c / STRIP * STRIP;
+                vec gate = *(const vec *)at, up = *(const vec *)(at + STRIP);
+                vec below = exponentials(pick(gate < all(-88.0f), all(88.0f), -gate));
+                put_acts(to + c, gate / (all(1.0f) + below) * up);
             }
             continue;
         }
         float *to = p->wide + (row + i) * p->columns + column;
-        if (p->kind == ADD)
-            for (int64_t c = 0; c < width; c++) to[c] += from[c];
+        if (p->kind == STORE)
+            memcpy(to, from, (size_t)used * sizeof *to);
         else
-            for (int64_t c = 0; c < width; c++) to[c] = from[c];
+            for (int64_t c = 0; c < used; c++) to[c] += from[c];
     }
 }
 
+/* A thread's share of a product. */
 static void multiply(engine *e, const product *p, int index) {
-    int64_t panels = (p->columns + PANEL - 1) / PANEL;
-    int64_t blocks = (p->rows + ROWS - 1) / ROWS;
-    if (blocks >= VECTORS) { /* many rows: whole panels, the last of a thread perhaps not all rows */
-        int64_t end = share(panels * blocks, index + 1, e->threads);
-        for (int64_t i = share(panels * blocks, index, e->threads); i < end; i++) {
-            int64_t row = share(p->rows, i % blocks, blocks);
-            block(e, p, row, share(p->rows, i % blocks + 1, blocks) - row, i / blocks, 0, VECTORS);
-        }
+    int64_t blocks = (p->rows + ROWS - 1) / ROWS, grain = p->kind == GATED ? 2 : 1;
+    int64_t strips = (p->columns + STRIP - 1) / STRIP, total = strips / grain;
+    if (blocks == 1) { /* as many strips at once as the registers hold */
+        int64_t end = share(total, index + 1, e->threads) * grain;
+        for (int64_t i = share(total, index, e->threads) * grain; i < end; i += STRIPS)
+            block(e, p, 0, p->rows, i, end - i < STRIPS ? end - i : STRIPS);
         return;
     }
-    int64_t grain = p->kind == GATED ? VECTORS : 1, total = panels * VECTORS / grain;
-    int64_t unit = share(total, index, e->threads) * grain;
-    int64_t end = share(total, index + 1, e->threads) * grain;
-    while (unit < end) {
-        int first = (int)(unit % VECTORS), count = VECTORS - first;
-        if (unit + count > end) count = (int)(end - unit);
-        for (int64_t i = 0; i < blocks; i++) {
-            int64_t row = share(p->rows, i, blocks);
-            block(e, p, row, share(p->rows, i + 1, blocks) - row, unit / VECTORS, first, count);
-        }
-        unit += count;
+    int64_t end = share(total * blocks, index + 1, e->threads);
+    for (int64_t i = share(total * blocks, index, e->threads); i < end; i++) {
+        int64_t row = share(p->rows, i % blocks, blocks);
+        block(e, p, row, share(p->rows, i % blocks + 1, blocks) - row, i / blocks * grain, grain);
     }
 }
 
 /* The inner numbers, x A, of the rows whose adapter changes this linear layer; then all meet. */
-static void prepare_change(engine *e, int number, int linear, const half *x, int64_t depth,
+static void prepare_change(engine *e, int number, int linear, const act *x, int64_t depth,
                            int index) {
     if (!e->changed) return;
     int any = 0;
@@ -401,22 +479,23 @@ static void prepare_change(engine *e, int number, int linear, const half *x, int
         const sequence *q = &e->p->sequence[s];
         if (!q->adapter || !q->adapter->layers[number].a[linear]) continue;
         any = 1;
-        int64_t units = (q->adapter->rank * parts[linear] + UNIT - 1) / UNIT;
-        int64_t panels = (units + VECTORS - 1) / VECTORS, blocks = (q->rows + ROWS - 1) / ROWS;
-        for (int64_t i = 0; i < panels * blocks; i++) {
+        int64_t strips = (q->adapter->rank * parts[linear] + STRIP - 1) / STRIP;
+        int64_t groups = (strips + STRIPS - 1) / STRIPS, blocks = (q->rows + ROWS - 1) / ROWS;
+        for (int64_t i = 0; i < groups * blocks; i++) {
             if (task++ % e->threads != index) continue;
-            float tile[ROWS * PANEL] __attribute__((aligned(64)));
-            int64_t panel = i / blocks, left = units - panel * VECTORS;
-            int count = left > VECTORS ? VECTORS : (int)left;
+            float sums[ROWS * STRIPS * STRIP] __attribute__((aligned(64)));
+            const half *from[STRIPS];
+            int64_t first = i / blocks * STRIPS, count = strips - first;
+            if (count > STRIPS) count = STRIPS;
+            for (int64_t j = 0; j < count; j++)
+                from[j] = q->adapter->layers[number].a[linear] + (first + j) * depth * STRIP;
             int64_t row = q->first_row + share(q->rows, i % blocks, blocks);
             int64_t rows = q->first_row + share(q->rows, i % blocks + 1, blocks) - row;
-            tile_of[rows - 1][count - 1](
-                x + row * depth, depth,
-                q->adapter->layers[number].a[linear] + panel * depth * PANEL, depth, tile);
+            tiles(x + row * depth, depth, rows, from, count, depth, 0, sums, STRIPS * STRIP, 0);
             for (int64_t r = 0; r < rows; r++)
-                for (int j = 0; j < count; j++)
-                    *(halves *)(e->inner + (row + r) * e->most.changed + panel * PANEL + j * UNIT) =
-                        narrows(*(vec *)(tile + r * PANEL + j * UNIT));
+                for (int64_t c = 0; c < count * STRIP; c += UNIT)
+                    put_acts(e->inner + (row + r) * e->most.changed + first * STRIP + c,
+                             *(vec *)(sums + r * STRIPS * STRIP + c));
         }
     }
     if (any) meet(&e->inside);
@@ -425,18 +504,18 @@ static void prepare_change(engine *e, int number, int linear, const half *x, int
 /* ---- norms, angles, pages ---- */
 
 static float squares(const float *x, int64_t width) {
-    float sums[UNIT] = {0}, total = 0;
+    float sums[16] = {0}, total = 0;
     int64_t i = 0;
-    for (; i + UNIT <= width; i += UNIT)
-        for (int j = 0; j < UNIT; j++) sums[j] += x[i + j] * x[i + j];
+    for (; i + 16 <= width; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
     for (; i < width; i++) sums[0] += x[i] * x[i];
-    for (int j = 0; j < UNIT; j++) total += sums[j];
+    for (int j = 0; j < 16; j++) total += sums[j];
     return total;
 }
 
-static void norm(const model *m, const float *x, const float *weight, half *out) {
+static void norm(const model *m, const float *x, const float *weight, act *out) {
     float scale = 1.0f / sqrtf(squares(x, m->width) / (float)m->width + (float)m->epsilon);
-    for (int64_t i = 0; i < m->width; i++) out[i] = narrow(x[i] * scale * weight[i]);
+    for (int64_t i = 0; i < m->width; i++) out[i] = to_act(x[i] * scale * weight[i]);
 }
 
 static void norm_rows(engine *e, const float *weight, int index) {
@@ -493,7 +572,7 @@ static void place_rows(engine *e, int64_t number, int index) {
         if (l->qkv_bias)
             for (int64_t i = 0; i < columns; i++) x[i] += l->qkv_bias[i];
         for (int64_t h = 0; h < m->heads; h++) turn(m, x + h * m->head, l->query_norm, position);
-        for (int64_t i = 0; i < queries; i++) e->q[r * queries + i] = narrow(x[i]);
+        for (int64_t i = 0; i < queries; i++) e->q[r * queries + i] = to_act(x[i]);
         for (int64_t g = 0; g < m->groups; g++) {
             float *key = x + queries + g * m->head, *value = key + keys;
             half *k = page_of(e, e->p->keys, s->pages[position / PAGE], number, g);
@@ -501,7 +580,7 @@ static void place_rows(engine *e, int64_t number, int index) {
             turn(m, key, l->key_norm, position);
             for (int64_t i = 0; i < m->head; i++) {
                 k[i / 2 * PAGE * 2 + place * 2 + i % 2] = narrow(key[i]);
-                v[place / 2 * e->padded * 2 + i * 2 + place % 2] = narrow(value[i]);
+                v[(i / STRIP * PAGE + place / 2 * 2) * STRIP + i % STRIP * 2 + place % 2] = narrow(value[i]);
             }
         }
     }
@@ -509,64 +588,14 @@ static void place_rows(engine *e, int64_t number, int index) {
 
 /* ---- attention: softmax over tiles of 64 keys, from the first on ---- */
 
-/* out[R][TILE] = the rows of queries times the keys of four pages. */
-#define SCORES_OF(R)                                                                              \
-    static void scores_##R(const half *const *q, const half *const *keys, int64_t head,           \
-                           float *out) {                                                          \
-        vec sums[R][4];                                                                           \
-        for (int i = 0; i < R; i++)                                                               \
-            for (int j = 0; j < 4; j++) sums[i][j] = (vec){0};                                    \
-        for (int64_t k = 0; k < head; k += 2) {                                                   \
-            words column[4];                                                                      \
-            for (int j = 0; j < 4; j++) column[j] = *(const words *)(keys[j] + k * PAGE);         \
-            for (int i = 0; i < R; i++) {                                                         \
-                uint32_t pair;                                                                    \
-                memcpy(&pair, q[i] + k, sizeof pair);                                             \
-                for (int j = 0; j < 4; j++) sums[i][j] = pairs(sums[i][j], pair, column[j]);      \
-            }                                                                                     \
-        }                                                                                         \
-        for (int i = 0; i < R; i++)                                                               \
-            for (int j = 0; j < 4; j++) *(vec *)(out + i * TILE + j * UNIT) = sums[i][j];         \
-    }
-/* out[R][V vectors] += the rows of weights times the values of four pages. */
-#define WEIGH_OF(R, V)                                                                            \
-    static void weigh_##R##_##V(const half *weights, const half *const *values, int64_t padded,   \
-                                float *out) {                                                     \
-        vec sums[R][V];                                                                           \
-        for (int i = 0; i < R; i++)                                                               \
-            for (int j = 0; j < V; j++) sums[i][j] = *(vec *)(out + i * padded + j * UNIT);       \
-        for (int64_t k = 0; k < TILE; k += 2) {                                                   \
-            words column[V];                                                                      \
-            for (int j = 0; j < V; j++)                                                           \
-                column[j] = *(const words *)(values[k / PAGE] + k % PAGE * padded + j * UNIT * 2);\
-            for (int i = 0; i < R; i++) {                                                         \
-                uint32_t pair;                                                                    \
-                memcpy(&pair, weights + i * TILE + k, sizeof pair);                               \
-                for (int j = 0; j < V; j++) sums[i][j] = pairs(sums[i][j], pair, column[j]);      \
-            }                                                                                     \
-        }                                                                                         \
-        for (int i = 0; i < R; i++)                                                               \
-            for (int j = 0; j < V; j++) *(vec *)(out + i * padded + j * UNIT) = sums[i][j];       \
-    }
-#define ATTEND_OF(R) SCORES_OF(R) WEIGH_OF(R, 1) WEIGH_OF(R, 2) WEIGH_OF(R, 3) WEIGH_OF(R, 4)
-ATTEND_OF(1) ATTEND_OF(2) ATTEND_OF(3) ATTEND_OF(4) ATTEND_OF(5) ATTEND_OF(6)
-#define WEIGHS_OF(R) {weigh_##R##_1, weigh_##R##_2, weigh_##R##_3, weigh_##R##_4}
-typedef void (*scores_function)(const half *const *, const half *const *, int64_t, float *);
-typedef void (*weigh_function)(const half *, const half *const *, int64_t, float *);
-static const scores_function scores_of[ROWS] = {scores_1, scores_2, scores_3,
-                                                scores_4, scores_5, scores_6};
-static const weigh_function weigh_of[ROWS][VECTORS] = {WEIGHS_OF(1), WEIGHS_OF(2), WEIGHS_OF(3),
-                                                       WEIGHS_OF(4), WEIGHS_OF(5), WEIGHS_OF(6)};
-
 /* What a row of queries has seen so far. */
 typedef struct {
-    const half *query;
     int64_t position;
     float most, total;
 } seen;
 
 /* Turns a row's scores into weights relative to the greatest so far, and corrects what it has. */
-static void weigh_row(const engine *e, seen *row, int64_t first_key, float *scores, half *weights,
+static void weigh_row(const engine *e, seen *row, int64_t first_key, float *scores, act *weights,
                       float *out) {
     int64_t visible = row->position - first_key + 1, hidden = 0;
     if (e->m->window) hidden = row->position - e->m->window + 1 - first_key;
@@ -585,9 +614,8 @@ static void weigh_row(const engine *e, seen *row, int64_t first_key, float *scor
     for (int c = 0; c < TILE; c += UNIT) {
         vec score = *(vec *)(scores + c);
         vec weight = exponentials((score - all(most)) * scale);
-        halves rounded = narrows(pick(score == all(-INFINITY), (vec){0}, weight));
-        *(halves *)(weights + c) = rounded;
-        sums += widens(rounded); /* of what is really multiplied, so that all weights sum to 1 */
+        put_acts(weights + c, pick(score == all(-INFINITY), (vec){0}, weight));
+        sums += take_acts(weights + c); /* what is really multiplied: all weights sum to 1 */
     }
     for (int j = 0; j < UNIT; j++) total += sums[j];
     if (most != row->most) {
@@ -606,46 +634,46 @@ static void attend(engine *e, int64_t number, const sequence *s, int64_t group, 
     int64_t heads = m->heads / m->groups, rows = tokens * heads, width = m->heads * m->head;
     float out[QUERY_ROWS * MAX_HEAD] __attribute__((aligned(64)));
     float scores[QUERY_ROWS * TILE] __attribute__((aligned(64)));
-    half weights[QUERY_ROWS * TILE] __attribute__((aligned(64)));
-    const half *queries[QUERY_ROWS];
+    act weights[QUERY_ROWS * TILE] __attribute__((aligned(64)));
+    act queries[QUERY_ROWS * MAX_HEAD];
     seen row[QUERY_ROWS];
     for (int64_t i = 0; i < rows; i++) {
         int64_t token = first + i / heads, head = group * heads + i % heads;
-        queries[i] = e->q + (s->first_row + token) * width + head * m->head;
-        row[i] = (seen){queries[i], s->first_position + token, -INFINITY, 0};
+        memcpy(queries + i * m->head, e->q + (s->first_row + token) * width + head * m->head,
+               (size_t)m->head * sizeof *queries);
+        row[i] = (seen){s->first_position + token, -INFINITY, 0};
     }
     memset(out, 0, (size_t)(rows * e->padded) * sizeof *out);
-    int64_t end = row[rows - 1].position + 1, key = 0;
+    int64_t end = row[rows - 1].position + 1, key = 0, to_values = e->p->values - e->p->keys;
     if (m->window && row[0].position >= m->window)
         key = (row[0].position - m->window + 1) / TILE * TILE;
     for (; key < end; key += TILE) {
-        const half *keys[4], *values[4];
-        for (int p = 0; p < 4; p++) {
+        const half *keys[TILE / PAGE], *values[TILE / PAGE];
+        for (int p = 0; p < TILE / PAGE; p++) {
             int there = key + p * PAGE < end;
             int32_t page = there ? s->pages[key / PAGE + p] : 0;
             keys[p] = there ? page_of(e, e->p->keys, page, number, group) : e->no_page;
             values[p] = there ? page_of(e, e->p->values, page, number, group) : e->no_page;
         }
-        for (int64_t i = 0; i < rows; i += ROWS) {
-            int64_t count = rows - i < ROWS ? rows - i : ROWS;
-            scores_of[count - 1](queries + i, keys, m->head, scores + i * TILE);
+        tiles(queries, m->head, rows, keys, TILE / PAGE, m->head, to_values, scores, TILE, 0);
+        for (int p = TILE / PAGE; p < 2 * TILE / PAGE && key + p * PAGE < end; p++) {
+            const half *next = page_of(e, e->p->keys, s->pages[key / PAGE + p], number, group);
+            for (int64_t k = 0; k < m->head; k += 2) __builtin_prefetch(next + k * PAGE, 0, 2);
         }
         for (int64_t i = 0; i < rows; i++)
             weigh_row(e, &row[i], key, scores + i * TILE, weights + i * TILE, out + i * e->padded);
-        for (int64_t i = 0; i < rows; i += ROWS)
-            for (int64_t c = 0; c < e->padded; c += VECTORS * UNIT) {
-                int64_t count = rows - i < ROWS ? rows - i : ROWS, left = (e->padded - c) / UNIT;
-                const half *from[4];
-                for (int p = 0; p < 4; p++) from[p] = values[p] + c * 2;
-                weigh_of[count - 1][(left > VECTORS ? VECTORS : left) - 1](
-                    weights + i * TILE, from, e->padded, out + i * e->padded + c);
-            }
+        for (int p = 0; p < TILE / PAGE && key + p * PAGE < end; p++) {
+            const half *from[MAX_HEAD / STRIP];
+            for (int64_t c = 0; c < e->padded / STRIP; c++) from[c] = values[p] + c * PAGE * STRIP;
+            tiles(weights + p * PAGE, TILE, rows, from, e->padded / STRIP, PAGE, 0, out, e->padded,
+                  1);
+        }
     }
     for (int64_t i = 0; i < rows; i++) {
         int64_t token = first + i / heads, head = group * heads + i % heads;
-        half *to = e->h + (s->first_row + token) * width + head * m->head;
+        act *to = e->h + (s->first_row + token) * width + head * m->head;
         for (int64_t c = 0; c < m->head; c++)
-            to[c] = narrow(out[i * e->padded + c] / row[i].total);
+            to[c] = to_act(out[i * e->padded + c] / row[i].total);
     }
 }
 
@@ -674,10 +702,10 @@ static void embed(engine *e, int index) {
     for (int64_t r = share(e->p->rows, index, e->threads); r < end; r++) {
         int64_t token = e->p->tokens[r];
         float *x = e->x + r * m->width;
-        const half *from = m->lm_head + token / PANEL * m->width * PANEL + token % PANEL * 2;
+        const half *from = m->lm_head + token / STRIP * m->width * STRIP + token % STRIP * 2;
         for (int64_t i = 0; i < m->width; i++)
             x[i] = widen(m->embedding ? m->embedding[token * m->width + i]
-                                      : from[i / 2 * PANEL * 2 + i % 2]);
+                                      : from[i / 2 * STRIP * 2 + i % 2]);
     }
 }
 
@@ -889,16 +917,16 @@ engine *forward_open(const model *m, const limits *most, int64_t threads, int64_
     int64_t width = m->heads * m->head, widest = width > m->width ? width : m->width;
     e->m = m;
     e->most = *most;
-    e->padded = (m->head + UNIT - 1) / UNIT * UNIT;
+    e->padded = (m->head + STRIP - 1) / STRIP * STRIP;
     e->threads = 1;
     open_gate(&e->inside, (int)threads, (int)looks);
     open_gate(&e->start, (int)threads, (int)looks);
     e->x = room(most->rows * m->width * 4);
     e->qkv = room(most->rows * (width + 2 * m->groups * m->head) * 4);
-    e->h = room(most->rows * widest * 2);
-    e->q = room(most->rows * width * 2);
-    e->y = room(most->rows * m->inner * 2);
-    e->inner = room(most->rows * most->changed * 2);
+    e->h = room(most->rows * widest * (int64_t)sizeof *e->h);
+    e->q = room(most->rows * width * (int64_t)sizeof *e->q);
+    e->y = room(most->rows * m->inner * (int64_t)sizeof *e->y);
+    e->inner = room(most->rows * most->changed * (int64_t)sizeof *e->inner);
     e->no_page = room(PAGE * e->padded * 2);
     e->sequence_of = room(most->rows * 4);
     e->weights = room(threads * m->vocabulary * (int64_t)sizeof *e->weights);

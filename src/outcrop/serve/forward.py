@@ -33,7 +33,8 @@ PAGE_TOKENS = 16
 WIDEST_HEAD = 256
 MOST_SHARED_HEADS = 48
 """Heads that share keys, at most."""
-PANEL, UNIT = 64, 16
+STRIP = 16
+"""Columns of a matrix that lie together."""
 LINEARS = ("qkv", "out", "gate_up", "down")
 LOOKS = 2000
 """How often a thread looks whether the others have come before it sleeps: some 30 microseconds."""
@@ -105,7 +106,7 @@ class Shape:
     layers: int
     width: int
     inner: int
-    """A multiple of 32: narrower ones are packed with columns of noughts."""
+    """A multiple of 16: narrower ones are packed with columns of noughts."""
     heads: int
     groups: int
     """Of heads that share keys and values."""
@@ -119,7 +120,7 @@ class Shape:
     @property
     def stored_head(self) -> int:
         """Width of a head in a page."""
-        return -(-self.head // UNIT) * UNIT
+        return -(-self.head // STRIP) * STRIP
 
     @property
     def page_bytes(self) -> int:
@@ -253,7 +254,7 @@ class Forward:
         assert self._library is not None
         numbers = num_pages * shape.page_bytes // 4
         self._keys, self._values = (wide_room(numbers, torch.bfloat16) for _ in range(2))
-        widest = -(-3 * max_rank // PANEL) * PANEL
+        widest = -(-3 * max_rank // STRIP) * STRIP
         self._engine = self._library.forward_open(
             model.address, ctypes.byref(_Limits(max_rows, widest, num_pages)), threads, LOOKS
         )

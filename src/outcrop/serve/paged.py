@@ -17,7 +17,6 @@ import torch
 
 from outcrop.errors import ModelError
 from outcrop.models.artifact import check_digest, read_artifact
-from outcrop.models.load import compute_dtype
 from outcrop.models.lora import load_adapter
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES, MAX_OWN_BYTES
 from outcrop.serve.backend import Part, Scores
@@ -58,11 +57,13 @@ class OwnModel:
 def can_be_paged(folder: Path, dtype: torch.dtype | None) -> bool:
     """Return whether the compiled pass can serve the model of a folder on this machine.
 
+    Args:
+        dtype: of the weights, where somebody asks for one; the pass holds matrices in bfloat16.
     Raises:
         ModelError: the folder holds no model.
     """
     return (
-        (dtype or compute_dtype()) == torch.bfloat16
+        dtype in (None, torch.bfloat16)
         and default_device().type == "cpu"
         and read_shape(read_config(folder)) is not None
         and is_compiled()

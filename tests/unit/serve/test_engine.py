@@ -63,12 +63,12 @@ def artifacts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
 
 @pytest.fixture(scope="module", params=["compiled", "torch"])
 def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Starts an engine on either backend. The compiled one computes in bfloat16 only."""
+    """Starts an engine on either backend. The compiled one holds its weights in bfloat16."""
     if request.param == "torch":
         return partial(BatchEngine, threads=1, dtype=torch.float32)
     if not is_compiled():
         pytest.skip("there is no C compiler")
-    return partial(BatchEngine, threads=2, dtype=torch.bfloat16)
+    return partial(BatchEngine, threads=2)
 
 
 @pytest.fixture(scope="module")

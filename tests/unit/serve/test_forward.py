@@ -21,9 +21,16 @@ from outcrop.errors import ModelError
 from outcrop.models import compiled
 from outcrop.models.lora import ALL_LINEARS, Adapter, LoraConfig, LoraLinear, adapter_of, attach
 from outcrop.serve import forward
-from outcrop.serve.forward import Forward, PackedAdapter, PackedModel, Rows, is_compiled, pages_of
+from outcrop.serve.forward import (
+    STRIP,
+    Forward,
+    PackedAdapter,
+    PackedModel,
+    Rows,
+    is_compiled,
+    pages_of,
+)
 from outcrop.serve.packed import (
-    HALF_PANEL,
     in_turn,
     pack,
     pack_adapter,
@@ -324,13 +331,24 @@ def test_models_of_one_shape_take_turns_on_the_same_pages() -> None:
 
 
 @needs_compiler
-def test_without_the_processors_own_instructions_scores_are_as_close(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("-DUNIT=16",), ("-DROUNDED",), ("-DROUNDED", "-DUNIT=16")],
+    ids=["plain", "wide", "rounded", "rounded and wide"],
+)
+def test_other_processors_compute_as_closely_and_alike_in_any_company(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(forward, "MACHINE_FLAGS", ((),))
+    """Without instructions of its own, with wide vectors, with products of bfloat16 numbers."""
+    monkeypatch.setattr(forward, "MACHINE_FLAGS", (flags,))
     forward._library.cache_clear()
     try:
         test_scores_are_those_of_transformers("llama")
+        company = Company()
+        whole = [(60, 0, [30, 29, 1]), (9, 1, [8, 1]), (3, 2, [1, 1, 1]), (41, 1, [40, 1])]
+        found = company.together(whole)
+        for place, (length, kind, _) in enumerate(whole):
+            assert torch.equal(found[place], company.alone(tokens(length, seed=place), kind))
     finally:
         monkeypatch.undo()
         forward._library.cache_clear()
@@ -362,9 +380,9 @@ def test_a_packed_matrix_is_unpacked_to_the_same_numbers(outputs: int, pairs: in
 
 def test_gate_and_up_lie_in_turn() -> None:
     gate_OI, up_OI = torch.full((40, 2), 1.0), torch.full((40, 2), 2.0)
-    both = in_turn([gate_OI, up_OI], 64)[:, 0].view(-1, HALF_PANEL)
-    assert both[:, 0].tolist() == [1, 2, 1, 2]
-    assert both[2:, 8:].abs().sum() == 0
+    both = in_turn([gate_OI, up_OI], 48)[:, 0].view(-1, STRIP)
+    assert both[:, 0].tolist() == [1, 2, 1, 2, 1, 2]
+    assert both[4:, 8:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("name", SERVED)
