@@ -5,11 +5,11 @@ The seam is `interface.Engine`: the server knows nothing else, so another engine
 custom model. What computes a pass is a backend (`backend.py`).
 
 A request's life: (1) `submit` renders the prompt in the caller's thread and refuses what does not
-fit; (2) it waits in a bounded queue, first come first served; (3) it becomes active when its custom
+fit; (2) it waits for its turn, which `fairness.py` decides; (3) it becomes active when its custom
 model and its first pages have room; (4) each pass takes a part of its prompt, or its newest token;
 (5) events go to `deliver`, from the engine's thread; the last is a Generation or an error. A
-cancelled request gets no further event. Where pages run out, the youngest request gives its own
-back and waits again; what it had is computed anew, to the same numbers.
+cancelled request gets no further event. Where pages or slots run out for one that comes before it,
+a request gives its own back and waits again; what it had is computed anew, to the same numbers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -35,59 +34,35 @@ from outcrop.errors import (
     ThrottlingException,
 )
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES
-from outcrop.serve.backend import Backend, Memory, Part, Scores
+from outcrop.serve.backend import Backend, Part, Scores
+from outcrop.serve.fairness import (
+    ON_DEMAND,
+    PROVISIONED,
+    RETRY_SECONDS,
+    FairQueue,
+    Limits,
+)
 from outcrop.serve.histogram import Histogram
-from outcrop.serve.interface import Deliver, EngineStats
+from outcrop.serve.interface import ClassStats, Deliver, EngineStats
 from outcrop.serve.paged import MAX_PAGE_BYTES, PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
 from outcrop.serve.plain import PlainBackend
 from outcrop.serve.prompt import check_prompt, fit_prompt, render_prompt
+from outcrop.serve.rate import RateMeter
 from outcrop.serve.request import Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
+from outcrop.serve.sharing import rows_on_demand, share_prompts
+from outcrop.serve.task import Task
 
 logger = logging.getLogger("outcrop.model-server")
 
-MAX_WAITING = 256
-"""Requests that may wait; the next one is told to try again."""
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Bounds of the histograms."""
-MAX_ACTIVE = 64
+MAX_ACTIVE = Limits().slots
 """Requests that are answered at the same time."""
-
-
-class _Task:
-    """A request inside the engine."""
-
-    def __init__(
-        self, request: GenerationRequest, sequence: TokenSequence, deliver: Deliver
-    ) -> None:
-        self.request, self.sequence, self.deliver = request, sequence, deliver
-        self.started = time.monotonic()
-        self.last_token: float | None = None
-        self.cancelled = False
-        self.table = PageTable()
-        self.memory = Memory()
-
-    @property
-    def scope(self) -> bytes:
-        """What its keys and values depend on beside its tokens."""
-        return f"of {self.request.adapter or 'the base'}".encode()
-
-    @property
-    def num_left(self) -> int:
-        """Tokens that are to be computed before the next one can be drawn."""
-        return len(self.sequence.ids) - self.sequence.num_computed
-
-    def num_scores(self, length: int) -> int:
-        """Return of how many of its next tokens the scores are wanted."""
-        if self.sequence.wants_prompt_scores and self.sequence.output_tokens == 0:
-            return length
-        return int(length == self.num_left)
-
-    def is_late(self) -> bool:
-        limit = self.request.timeout_seconds
-        return limit is not None and time.monotonic() - self.started > limit
+QUIET_SECONDS = 5.0
+"""After so long without a request the rate of full batches is measured, once."""
 
 
 class BatchEngine:
@@ -99,7 +74,8 @@ class BatchEngine:
         *,
         threads: int,
         dtype: torch.dtype | None = None,
-        max_waiting: int = MAX_WAITING,
+        limits: Limits | None = None,
+        meter: RateMeter | None = None,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
         backend: Backend | None = None,
     ) -> None:
@@ -109,6 +85,8 @@ class BatchEngine:
             folder: the base model's, in Hugging Face's layout.
             threads: that a pass computes with.
             dtype: of the weights; None takes this machine's fastest.
+            limits: what there is to share among requests.
+            meter: knows the rate of full batches; None assumes one and measures nothing.
             backend: what computes; None takes the compiled pass where it covers the model.
         Raises:
             ModelError: the folder's weights or tokenizer cannot be used.
@@ -123,12 +101,13 @@ class BatchEngine:
             self._backend.page_tokens,
             shares=self._backend.shares_pages,
         )
-        self._max_waiting = max_waiting
+        self._limits = limits or Limits()
+        self._meter = meter or RateMeter()
         self._lock = threading.Condition()
         self._numbers = count(1)
-        self._tasks: dict[int, _Task] = {}
-        self._waiting: deque[int] = deque()
-        self._active: list[int] = []
+        self._tasks: dict[int, Task] = {}
+        self._queue = FairQueue(self._limits, rate=lambda: self._meter.rates.tokens_per_second)
+        self._served = dict.fromkeys((PROVISIONED, ON_DEMAND), 0)
         self._closing = False
         self._num_requests = self._input_tokens = self._output_tokens = 0
         self._num_passes = self._num_preempted = 0
@@ -142,7 +121,7 @@ class BatchEngine:
         """See `Engine.submit`."""
         sampling = request.sampling
         with self._lock:
-            self._check_room()
+            self._check(request)
         if request.prompt is None:
             prompt_ids, max_tokens = fit_prompt(
                 self.renderer, request.messages, sampling, self.max_context
@@ -164,10 +143,12 @@ class BatchEngine:
             prompt_ids, sampling, max_tokens, self.renderer.end_token_ids, self.renderer.tokenizer
         )
         with self._lock:
-            self._check_room()
+            self._check(request)
             number = next(self._numbers)
-            self._tasks[number] = _Task(request, sequence, deliver)
-            self._waiting.append(number)
+            displaced = self._queue.enter(number, request.owner)
+            if displaced is not None:
+                self._tasks[displaced].refusal = _displaced()
+            self._tasks[number] = Task(request, sequence, deliver)
             self._lock.notify()
         return number
 
@@ -186,8 +167,8 @@ class BatchEngine:
         with self._lock:
             idle = 0.0 if self._tasks else time.monotonic() - self._last_used
             return EngineStats(
-                num_active=len(self._tasks) - len(self._waiting),
-                num_waiting=len(self._waiting),
+                num_active=self._queue.num_active,
+                num_waiting=self._queue.num_waiting,
                 num_requests=self._num_requests,
                 input_tokens=self._input_tokens,
                 output_tokens=self._output_tokens,
@@ -204,7 +185,14 @@ class BatchEngine:
                 first_token_seconds=self._first_token_seconds.counts(),
                 token_seconds=self._token_seconds.counts(),
                 pass_tokens=self._pass_tokens.counts(),
+                classes={name: self._class_stats(name) for name in self._served},
+                reservations=self._queue.used(),
+                full_batch_tokens_per_second=self._meter.rates.tokens_per_second,
             )
+
+    def _class_stats(self, name: str) -> ClassStats:
+        active, waiting = self._queue.counts(name)
+        return ClassStats(active, waiting, self._queue.num_throttled[name], self._served[name])
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -213,33 +201,42 @@ class BatchEngine:
             self._lock.notify()
         self._thread.join()
 
-    def _check_room(self) -> None:
+    def _check(self, request: GenerationRequest) -> None:
         if self._closing:
             raise _ending()
-        if len(self._waiting) >= self._max_waiting:
-            raise ThrottlingException(
-                f"Too many requests: {len(self._waiting)} are waiting for this model. "
-                "Please wait before trying again."
-            )
+        self._queue.check(request.owner)
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                while not (self._closing or self._waiting or self._active):
-                    self._lock.wait()
-                if self._closing:
-                    break
+        while self._wait():
             self._drop_what_ended()
             self._admit()
             self._pass()
         self._end_all()
         self._backend.close()
 
+    def _wait(self) -> bool:
+        """Wait for requests; False where the engine is to end."""
+        while True:
+            with self._lock:
+                if self._closing or self._tasks:
+                    return not self._closing
+                quiet = time.monotonic() - self._last_used
+                if not self._meter.can_measure or quiet < QUIET_SECONDS:
+                    left = QUIET_SECONDS - quiet if self._meter.can_measure else None
+                    self._lock.wait(left)
+                    continue
+            self._meter.measure(
+                *(self._backend, self._pool, self._limits.slots),
+                stop=lambda: self._closing or bool(self._tasks),
+            )
+
     def _drop_what_ended(self) -> None:
         """End requests that were cancelled or whose time is up, waiting ones included."""
         for number, task in list(self._tasks.items()):
             if task.cancelled:
                 self._end(number)
+            elif task.refusal is not None:
+                self._fail(number, task.refusal)
             elif task.is_late():
                 self._fail(
                     number,
@@ -250,43 +247,67 @@ class BatchEngine:
                 )
 
     def _admit(self) -> None:
-        """Move waiting requests to the active ones, in order, while there is room."""
-        while self._waiting and len(self._active) < MAX_ACTIVE:
-            number = self._waiting[0]
-            task = self._tasks[number]
-            in_use = {
-                artifact
-                for other in self._active
-                if (artifact := self._tasks[other].request.adapter) is not None
-            }
-            try:
-                request = task.request
-                is_loaded = self._backend.load(request.adapter, in_use, request.adapter_digest)
-                if not is_loaded and self._active:
-                    return
-            except Exception as error:
-                self._fail(number, self._explain(task, error))
-                continue
-            ids = task.sequence.ids
-            task.table = self._open(task)
-            if self._active and not self._has_room(task, len(ids)):
-                self._pool.close(task.table)
-                return
-            task.sequence.num_computed = len(task.table.numbers) * self._backend.page_tokens
+        """Make waiting requests active, each in its turn, while there is room."""
+        while True:
             with self._lock:
-                self._waiting.popleft()
-                self._active.append(number)
+                number = self._queue.next()
+            if number is None or not self._take_in(number):
+                return
 
-    def _open(self, task: _Task) -> PageTable:
+    def _take_in(self, number: int) -> bool:
+        """Make a waiting request active; False where it has to wait on."""
+        task = self._tasks[number]
+        while not self._find_room(number, task):
+            with self._lock:
+                victim = self._queue.victim(number) if number in self._queue else None
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _find_room(self, number: int, task: Task) -> bool:
+        """Make a request active, or end it, unless others hold what it needs."""
+        with self._lock:
+            active = self._queue.active
+        if len(active) >= self._limits.slots:
+            return False
+        in_use = {
+            artifact
+            for other in active
+            if (artifact := self._tasks[other].request.adapter) is not None
+        }
+        try:
+            request = task.request
+            is_loaded = self._backend.load(request.adapter, in_use, request.adapter_digest)
+        except Exception as error:
+            self._fail(number, self._explain(task, error))
+            return True
+        if not is_loaded and active:
+            return False
+        task.table = self._open(task)
+        if active and not self._has_room(task, len(task.sequence.ids), len(active)):
+            self._pool.close(task.table)
+            return False
+        with self._lock:
+            if number not in self._queue:  # it gave its place up meanwhile
+                self._pool.close(task.table)
+                return True
+            self._queue.admit(number)
+        task.sequence.num_computed = len(task.table.numbers) * self._backend.page_tokens
+        # What others have computed is not charged.
+        task.num_charged = max(task.num_charged, task.sequence.num_computed)
+        return True
+
+    def _open(self, task: Task) -> PageTable:
         """Return the pages that a request takes over."""
         if task.sequence.wants_prompt_scores:
             return PageTable(scope=task.scope)
         return self._pool.open(task.scope, task.sequence.ids)
 
-    def _has_room(self, task: _Task, num_tokens: int) -> bool:
+    def _has_room(self, task: Task, num_tokens: int, num_active: int) -> bool:
         """Whether there is a page for each active request beside those of a new one."""
         more = -(-num_tokens // self._backend.page_tokens) - len(task.table.numbers)
-        return more + len(self._active) <= self._pool.num_available
+        return more + num_active <= self._pool.num_available
 
     def _pass(self) -> None:
         """Compute the newest token of each answer, and as much of the prompts as fits beside."""
@@ -294,18 +315,24 @@ class BatchEngine:
         if not parts:
             return
         self._num_passes += 1
-        self._pass_tokens.add(sum(len(part.token_ids) for part in parts))
+        num_rows = sum(len(part.token_ids) for part in parts)
+        num_answers = sum(self._tasks[number].num_left == 1 for number in numbers)
+        self._pass_tokens.add(num_rows)
+        started = time.perf_counter()
         try:
             found = self._backend.run(parts)
         # Whatever a library raises: the thread that ends with it answers all others.
         except Exception as error:
             found = [error] * len(parts)
+        seconds = time.perf_counter() - started
+        self._meter.note(num_answers, num_rows - num_answers, self._limits.slots, seconds)
         for number, part, scores in zip(numbers, parts, found, strict=True):
             task = self._tasks[number]
             if isinstance(scores, Exception):
                 self._fail(number, self._explain(task, scores))
                 continue
             task.sequence.num_computed += len(part.token_ids)
+            self._charge_prompt(number, task)
             self._pool.record(task.table, task.sequence.ids[: task.sequence.num_computed])
             if scores is not None:
                 self._accept(number, part, scores)
@@ -315,7 +342,7 @@ class BatchEngine:
         numbers: list[int] = []
         parts: list[Part] = []
         for number, length in self._share_pass():
-            if number not in self._active:  # it gave its pages to one before it
+            if not self._queue.is_active(number):  # it gave its pages to one before it
                 continue
             task = self._tasks[number]
             first = task.sequence.num_computed
@@ -336,25 +363,38 @@ class BatchEngine:
         return numbers, parts
 
     def _share_pass(self) -> list[tuple[int, int]]:
-        """Return how many tokens of whom the next pass takes: answers first, then prompts."""
-        tasks = {number: self._tasks[number] for number in self._active}
-        answers = [number for number, task in tasks.items() if task.num_left == 1]
+        """Return how many tokens of whom the next pass takes.
+
+        Those within reservations come first, of each kind answers before prompts.
+        """
+        with self._lock:
+            order, first = self._queue.order(), self._queue.within_reservations()
+        answers = [number for number in order if self._tasks[number].num_left == 1]
         begun: set[bytes] = set()
         prompts = [
             number
-            for number, task in tasks.items()
-            if task.num_left > 1 and not self._waits_for_another(task, begun)
+            for number in order
+            if (task := self._tasks[number]).num_left > 1
+            and not self._waits_for_another(task, begun)
         ]
-        lengths = share_room(
-            [tasks[number].num_left for number in prompts],
-            self._backend.max_rows - len(answers),
-        )
-        return [
-            *((number, 1) for number in answers),
-            *((number, length) for number, length in zip(prompts, lengths, strict=True) if length),
-        ]
+        room, cost = self._backend.max_rows - len(answers), float(len(answers))
+        prompt_cost = self._meter.rates.prompt_cost
+        shared: list[tuple[int, int]] = []
+        for is_first in (True, False):
+            shared += [(number, 1) for number in answers if (number in first) is is_first]
+            turn = [number for number in prompts if (number in first) is is_first]
+            if first and not is_first:
+                room = min(room, rows_on_demand(self._limits.slots, cost, prompt_cost))
+            wanted = [
+                (self._tasks[number].request.owner.account, self._tasks[number].num_left)
+                for number in turn
+            ]
+            lengths = share_prompts(wanted, room)
+            shared += [pair for pair in zip(turn, lengths, strict=True) if pair[1]]
+            room, cost = room - sum(lengths), cost + prompt_cost * sum(lengths)
+        return shared
 
-    def _waits_for_another(self, task: _Task, begun: set[bytes]) -> bool:
+    def _waits_for_another(self, task: Task, begun: set[bytes]) -> bool:
         """Return whether another prompt of this pass begins alike: then its pages come for free."""
         sequence = task.sequence
         if not self._backend.shares_pages or sequence.wants_prompt_scores:
@@ -372,13 +412,16 @@ class BatchEngine:
         begun.add(key)
         return False
 
-    def _make_room(self, number: int, num_tokens: int, planned: Sequence[int]) -> bool:
-        """Give a request pages, if need be the youngest's; False if it had to give up its own."""
+    def _make_room(self, number: int, num_tokens: int, planned: Collection[int]) -> bool:
+        """Give a request pages, if need be those of one that comes after all others; False if it
+        had to give up its own."""
         table = self._tasks[number].table
         while not self._pool.extend(table, num_tokens):
-            youngest = next(other for other in reversed(self._active) if other not in planned)
-            self._preempt(youngest)
-            if youngest == number:
+            with self._lock:
+                order = self._queue.order()
+            last = next(other for other in reversed(order) if other not in planned)
+            self._preempt(last)
+            if last == number:
                 return False
         return True
 
@@ -389,8 +432,20 @@ class BatchEngine:
         task.sequence.num_computed = 0
         self._num_preempted += 1
         with self._lock:
-            self._active.remove(number)
-            self._waiting.appendleft(number)
+            self._queue.put_back(number)
+
+    def _charge_prompt(self, number: int, task: Task) -> None:
+        """Take into account what was computed of a prompt for the first time."""
+        computed = min(task.sequence.num_computed, task.sequence.input_tokens)
+        if (rows := computed - task.num_charged) > 0:
+            task.num_charged = computed
+            self._charge(number, task, rows, rows * self._meter.rates.prompt_cost)
+
+    def _charge(self, number: int, task: Task, num_tokens: int, cost: float) -> None:
+        name = ON_DEMAND if task.request.owner.reservation is None else PROVISIONED
+        with self._lock:
+            self._queue.charge(number, cost)
+            self._served[name] += num_tokens
 
     def _accept(self, number: int, part: Part, scores: Scores) -> None:
         """Draw a request's next token, once all before it is computed, and deliver what comes."""
@@ -404,6 +459,7 @@ class BatchEngine:
             if not task.num_left:
                 event = task.sequence.accept(scores)
                 self._note_token(task)
+                self._charge(number, task, 1, 1.0)
             if event is not None:
                 task.deliver(event)
         except Exception as error:
@@ -412,7 +468,7 @@ class BatchEngine:
         if isinstance(event, Generation):
             self._end(number)
 
-    def _note_token(self, task: _Task) -> None:
+    def _note_token(self, task: Task) -> None:
         now = time.monotonic()
         if task.last_token is None:
             self._first_token_seconds.add(now - task.started)
@@ -420,7 +476,7 @@ class BatchEngine:
             self._token_seconds.add(now - task.last_token)
         task.last_token = now
 
-    def _explain(self, task: _Task, error: Exception) -> ApiError:
+    def _explain(self, task: Task, error: Exception) -> ApiError:
         """Return what the client is told; the rest is in the log."""
         if isinstance(error, ApiError):
             return error
@@ -437,10 +493,8 @@ class BatchEngine:
     def _end(self, number: int) -> None:
         with self._lock:
             task = self._tasks.pop(number)
-            if number in self._active:
-                self._active.remove(number)
-            else:
-                self._waiting.remove(number)
+            if number in self._queue:
+                self._queue.leave(number)
             self._pool.close(task.table)
             self._num_requests += 1
             self._input_tokens += task.sequence.input_tokens
@@ -453,21 +507,6 @@ class BatchEngine:
         for task in tasks:
             if not task.cancelled:
                 _deliver_last(task, _ending())
-
-
-def share_room(lengths: Sequence[int], room: int) -> list[int]:
-    """Share a pass's rows among prompts: the shortest are done first, the oldest never waits.
-
-    Args:
-        lengths: tokens that are left of each prompt, the oldest first.
-        room: rows for all of them.
-    """
-    shares = [0] * len(lengths)
-    if lengths:
-        shares[0] = min(lengths[0], -(-room // 4))
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        shares[place] += min(lengths[place] - shares[place], room - sum(shares))
-    return shares
 
 
 def open_backend(
@@ -496,7 +535,7 @@ def open_backend(
     return PlainBackend(folder, threads=threads, dtype=dtype, max_adapter_bytes=max_adapter_bytes)
 
 
-def _deliver_last(task: _Task, error: ApiError) -> None:
+def _deliver_last(task: Task, error: ApiError) -> None:
     """Deliver a request's error; one that takes no events must not end the engine's thread."""
     try:
         task.deliver(error)
@@ -506,6 +545,14 @@ def _deliver_last(task: _Task, error: ApiError) -> None:
 
 def _ending() -> ApiError:
     return ServiceUnavailableException("The model server is ending. Try again.")
+
+
+def _displaced() -> ApiError:
+    return ThrottlingException(
+        "Too many requests of this account are waiting for this model. Please wait before trying "
+        "again.",
+        members={"retryAfterSeconds": RETRY_SECONDS},
+    )
 
 
 def _unusable() -> ApiError:

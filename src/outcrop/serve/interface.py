@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from outcrop.data.records import Message
@@ -12,6 +12,18 @@ from outcrop.serve.request import Event, GenerationRequest
 
 Deliver = Callable[[Event], None]
 """Takes the events of one request, from the engine's thread."""
+
+
+@dataclass(frozen=True)
+class ClassStats:
+    """What became of the requests of one class: provisioned, or on demand."""
+
+    num_active: int
+    num_waiting: int
+    num_throttled: int
+    """Requests that were refused since the start, because too much was asked."""
+    served_tokens: int
+    """Tokens computed for them: of prompts, and drawn. What was computed again counts once."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,13 @@ class EngineStats:
     """From one token of an answer to the next."""
     pass_tokens: Counts
     """Tokens that a pass computed."""
+    classes: Mapping[str, ClassStats] = field(default_factory=dict)
+    """By `provisioned` and `on_demand`."""
+    reservations: Mapping[str, float] = field(default_factory=dict)
+    """By the id of a provisioned throughput: which part of what it may have ahead of its rate is
+    used, 0 to 1; from 1 on its requests are refused."""
+    full_batch_tokens_per_second: float = 0.0
+    """What the machine answers with this model in a full batch; 0 where the engine does not say."""
 
 
 class Engine(Protocol):

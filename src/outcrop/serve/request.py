@@ -46,6 +46,19 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Owner:
+    """Whose request it is: decides when it is served, never what is answered."""
+
+    account: str = ""
+    model: str = ""
+    """ARN of the model that was asked."""
+    reservation: str | None = None
+    """Id of the provisioned throughput that it came by; None is on demand."""
+    units: int = 0
+    """Model units of that throughput."""
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One answer that is wanted."""
 
@@ -60,6 +73,7 @@ class GenerationRequest:
     """Counted from the arrival at the model server; None means the server's own limit."""
     prompt: str | tuple[int, ...] | None = None
     """What the model goes on with as it stands, as text or as tokens, instead of messages."""
+    owner: Owner = field(default_factory=Owner)
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,7 @@ def request_to_json(request: GenerationRequest) -> bytes:
             "adapter_digest": request.adapter_digest,
             "timeout_seconds": request.timeout_seconds,
             "prompt": request.prompt,
+            "owner": vars(request.owner),
         }
     )
 
@@ -136,6 +151,7 @@ def request_from_json(body: bytes) -> GenerationRequest:
         adapter_digest=value["adapter_digest"],
         timeout_seconds=value["timeout_seconds"],
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
+        owner=Owner(**value.get("owner", {})),
     )
 
 

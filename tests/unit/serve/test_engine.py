@@ -31,6 +31,7 @@ from outcrop.models.artifact import folder_digest
 from outcrop.models.lora import load_adapter, set_adapter
 from outcrop.serve.adapters import Adapters
 from outcrop.serve.engine import MAX_ACTIVE, BatchEngine
+from outcrop.serve.fairness import Limits
 from outcrop.serve.forward import is_compiled
 from outcrop.serve.network import load_network
 from outcrop.serve.paged import PagedBackend
@@ -495,7 +496,7 @@ def test_a_request_that_takes_too_long_times_out(engine: BatchEngine) -> None:
 
 
 def test_a_full_queue_is_throttled_and_then_works_again(folder: Path, start: Start) -> None:
-    engine = start(folder, max_waiting=2)
+    engine = start(folder, limits=Limits(max_waiting=2))
     held = Held()
     try:
         engine.submit(GenerationRequest(HELLO, GREEDY), held)

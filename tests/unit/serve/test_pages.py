@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outcrop.serve.engine import share_room
+from outcrop.serve.sharing import share_room
 from outcrop.serve.pages import PagePool, PageTable
 
 PAGE = 4

@@ -15,6 +15,7 @@ from outcrop.serve.request import (
     Event,
     Generation,
     GenerationRequest,
+    Owner,
     SamplingParams,
     TokenEvent,
     TokenLogprob,
@@ -51,6 +52,7 @@ REQUESTS = st.builds(
     adapter_digest=st.none() | st.text(),
     timeout_seconds=st.none() | NUMBERS,
     prompt=st.none() | st.text() | st.lists(st.integers(0)).map(tuple),
+    owner=st.builds(Owner, st.text(), st.text(), st.none() | st.text(), st.integers(0)),
 )
 TOP = st.lists(st.tuples(st.text(), st.floats(-20, 0)), max_size=3).map(tuple)
 LOGPROBS = st.lists(
