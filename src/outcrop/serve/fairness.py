@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -208,9 +208,9 @@ class FairQueue:
             return max(within, key=self._saved).waiting[0]
         accounts = [account for account in self._accounts.values() if account.num_waiting]
         if accounts:
-            account = min(accounts, key=lambda account: account.served)
+            account = min(accounts, key=lambda account: (account.served, account.num_active))
             lines = [line for line in account.lines.values() if line.waiting]
-            return min(lines, key=lambda line: line.served).waiting[0]
+            return min(lines, key=lambda line: (line.served, len(line.active))).waiting[0]
         # Nobody else wants the slot, so a reservation may have more of them than it bought.
         beyond = [line for line in self._reservations.values() if line.waiting]
         return max(beyond, key=self._saved).waiting[0] if beyond else None
@@ -232,20 +232,26 @@ class FairQueue:
     def victim(self, number: int) -> int | None:
         """Return the active request that gives its place up for a waiting one, or None.
 
-        For one within a reservation that is the youngest of whoever holds the most slots on demand
-        or beyond a reservation. Another one gets a slot only of somebody who then still has as many
-        as itself: of another account, else of another model of its own.
+        For one within a reservation that is the youngest of whoever holds the most slots on demand,
+        or outside of a reservation. For one on demand, that of a reservation with more slots than
+        it bought; else only of somebody who then still has as many slots as itself: of another
+        account, or of another model of its own.
         """
         line = self._line_of(number)
-        holders = self._holders()
         if isinstance(line, _Reservation):
             if not self._is_within(line) or len(line.active) >= self._slots(line):
                 return None
-            return max(holders.values(), key=_num, default=_NOBODY).youngest
-        account = self._owners[number].account
-        mine = holders.pop(account, _NOBODY)
-        most = max(holders.values(), key=_num, default=_NOBODY)
-        if _num(most) >= _num(mine) + 2:
+            first = self.within_reservations()
+            return _most([*self._borrowed(first), *self._by_account().values()]).youngest
+        borrowed = _most(
+            _Holder([line.active[self._slots(line) :]]) for line in self._reservations.values()
+        )
+        if borrowed.youngest is not None:
+            return borrowed.youngest
+        holders = self._by_account()
+        mine = holders.pop(self._owners[number].account, _NOBODY)
+        most = _most(holders.values())
+        if most.num >= mine.num + 2:
             return most.youngest
         most_of_mine = max(mine.lines, key=len, default=[])
         return most_of_mine[-1] if len(most_of_mine) >= len(line.active) + 2 else None
@@ -372,17 +378,17 @@ class FairQueue:
                 if line.balance >= self._burst(line):
                     del self._reservations[name]
 
-    def _holders(self) -> dict[str, _Holder]:
-        """Return who holds slots that can be taken from him."""
-        first = self.within_reservations()
-        found = {
-            name: _Holder([line.active for line in account.lines.values() if line.active])
+    def _by_account(self) -> dict[str, _Holder]:
+        """Return the slots that are held on demand."""
+        return {
+            name: _Holder([line.active for line in account.lines.values()])
             for name, account in self._accounts.items()
         }
-        for name, line in self._reservations.items():
-            if beyond := [number for number in line.active if number not in first]:
-                found[f"reservation {name}"] = _Holder([beyond])
-        return found
+
+    def _borrowed(self, first: set[int]) -> Iterator[_Holder]:
+        """Yield the slots that reservations hold beyond what they bought, or beyond their rate."""
+        for line in self._reservations.values():
+            yield _Holder([[number for number in line.active if number not in first]])
 
     def _is_within(self, line: _Reservation) -> bool:
         self._refill(line)
@@ -414,6 +420,10 @@ class _Holder(NamedTuple):
     lines: list[list[int]]
 
     @property
+    def num(self) -> int:
+        return sum(map(len, self.lines))
+
+    @property
     def youngest(self) -> int | None:
         """Of the model that has most."""
         most = max(self.lines, key=len, default=[])
@@ -423,8 +433,8 @@ class _Holder(NamedTuple):
 _NOBODY = _Holder([])
 
 
-def _num(holder: _Holder) -> int:
-    return sum(len(line) for line in holder.lines)
+def _most(holders: Iterable[_Holder]) -> _Holder:
+    return max(holders, key=lambda holder: holder.num, default=_NOBODY)
 
 
 def _class_of(owner: Owner) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outcrop.serve.sharing import share_room
 from outcrop.serve.pages import PagePool, PageTable
 
 PAGE = 4
@@ -149,22 +147,3 @@ class Pages(RuleBasedStateMachine):
 
 TestPages = Pages.TestCase
 TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-
-
-@given(st.lists(st.integers(1, 400), max_size=20), st.integers(1, 256))
-def test_a_pass_is_filled_and_no_prompt_takes_more_than_it_has(
-    lengths: list[int], room: int
-) -> None:
-    shares = share_room(lengths, room)
-    assert sum(shares) == min(room, sum(lengths))
-    assert all(0 <= share <= length for share, length in zip(shares, lengths, strict=True))
-    if lengths:
-        assert shares[0] >= min(lengths[0], room // 4)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "shares"),
-    [([256, 256], [256, 0]), ([8000, 100], [156, 100]), ([100, 8000, 50], [100, 106, 50])],
-)
-def test_short_prompts_do_not_wait_for_long_ones(lengths: list[int], shares: list[int]) -> None:
-    assert share_room(lengths, 256) == shares
