@@ -144,6 +144,27 @@ class Settings:
         minimum=0,
     )
     max_model_units: int = _setting("Model units one provisioned throughput may have.", 1)
+    machine_model_units: int = _setting(
+        "Model units that the machine has, for provisioned throughputs of all accounts and models "
+        "together; each is that part of its decode slots and of its rate in full batches.",
+        2,
+    )
+    machine_tokens_per_second: int = _setting(
+        "Rate of full batches, in tokens of answers a second, that model units are parts of; 0 has "
+        "it measured for each model.",
+        0,
+        minimum=0,
+    )
+    throughput_burst_seconds: int = _setting(
+        "A provisioned throughput that was idle for so long may have as many seconds' tokens of "
+        "its rate at once.",
+        30,
+    )
+    max_waiting_requests: int = _setting(
+        "Requests on demand that may wait for one model server; a provisioned throughput has its "
+        "part of as many places of its own.",
+        256,
+    )
     max_custom_models: int = _setting(
         "Custom models an account may hold in a region; 0 allows none.", 100, minimum=0
     )

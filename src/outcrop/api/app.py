@@ -56,7 +56,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     timeout = httpx.Timeout(None, connect=5.0)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
         try:
-            yield Services(
+            services = Services(
                 settings=settings,
                 engine=engine,
                 catalog=load_catalog(settings),
@@ -64,6 +64,8 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
                 http=http,
                 page_key=page_key(settings),
             )
+            async with services.usage.flushing(engine):
+                yield services
         finally:
             engine.dispose()
 

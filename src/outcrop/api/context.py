@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import httpx
 from sqlalchemy import Connection, Engine
 
+from outcrop.api.usage import UsageMeter
 from outcrop.identity.authorize import authorize
 from outcrop.identity.principals import Principal
 from outcrop.models.catalog import Catalog
@@ -38,6 +39,8 @@ class Services:
     """Connections to the object store."""
     page_key: bytes
     """Signs the tokens of paged lists."""
+    usage: UsageMeter = field(default_factory=UsageMeter)
+    """Counts the tokens of answers."""
     touched: dict[str, float] = field(default_factory=dict)
     """By the key of base weights: when the use of their model server was last written, on the
     monotonic clock."""

@@ -58,6 +58,10 @@ SERVER_FIGURES = {
         *(GAUGE, "num_pages_kept"),
         "Pages of ended requests that another can take over.",
     ),
+    "outcrop_full_batch_tokens_per_second": (
+        *(GAUGE, "full_batch_tokens_per_second"),
+        "Rate of answers that model units are parts of: set, measured, or 100 until then.",
+    ),
     "outcrop_model_server_memory_bytes": (
         *(GAUGE, "max_memory_bytes"),
         "The most memory that the process ever had resident.",
@@ -65,6 +69,27 @@ SERVER_FIGURES = {
     "outcrop_model_server_uptime_seconds": (GAUGE, "uptime_seconds", "Since it was started."),
 }
 """Name -> (kind, its name in a model server's own figures, what it is)."""
+CLASS_FIGURES = {
+    "outcrop_class_requests_running": (GAUGE, "num_active", "Requests being answered, by class."),
+    "outcrop_class_requests_waiting": (GAUGE, "num_waiting", "Requests that wait, by class."),
+    "outcrop_class_throttled_total": (
+        *(COUNTER, "num_throttled"),
+        "Requests that were refused because too much was asked, by class.",
+    ),
+    "outcrop_class_tokens_total": (
+        *(COUNTER, "served_tokens"),
+        "Tokens computed, of prompts and answers, by class.",
+    ),
+}
+"""The same for the two classes, provisioned and on demand. Not for accounts or models: there may be
+any number of them, each would be a series for ever, and whoever reads this page is not asked who he
+is."""
+RESERVATION = (
+    *("outcrop_reservation_used", GAUGE),
+    "Part of what a provisioned throughput may have ahead of its rate that is used: from 1 on it "
+    "is throttled.",
+)
+"""Has the throughput's id as a label: there are no more of them than model units."""
 SERVER_HISTOGRAMS = {
     "outcrop_time_to_first_token_seconds": (
         "first_token_seconds",
@@ -143,6 +168,15 @@ def _lines(
         yield from _head(name, kind, help_text)
         for weights, found in answered.items():
             yield f"{name}{_labels(weights=weights)} {found[own_name]}"
+    for name, (kind, own_name, help_text) in CLASS_FIGURES.items():
+        yield from _head(name, kind, help_text)
+        for weights, found in answered.items():
+            for which, counts in found["classes"].items():
+                yield f"{name}{_labels(weights=weights, **{'class': which})} {counts[own_name]}"
+    yield from _head(*RESERVATION)
+    for weights, found in answered.items():
+        for throughput, used in found["reservations"].items():
+            yield f"{RESERVATION[0]}{_labels(weights=weights, throughput=throughput)} {used:.4g}"
     for name, (own_name, help_text) in SERVER_HISTOGRAMS.items():
         yield from _head(name, "histogram", help_text)
         for weights, found in answered.items():

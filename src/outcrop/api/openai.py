@@ -44,6 +44,7 @@ from outcrop.ids import foundation_model_arn
 from outcrop.serve.request import Generation, TokenEvent
 from outcrop.store import throughputs
 from outcrop.wire.document import read_json_object
+from outcrop.wire.serialize import retry_headers
 from outcrop.wire.signature import SignedRequest
 
 logger = logging.getLogger("outcrop.gateway")
@@ -238,7 +239,8 @@ class Answer:
         if self._status:  # the stream has begun, so its last event says how it ended
             await self._send_part(answers.event(body), more=False)
         else:
-            headers = answers.error_headers(status)
+            hints = {name.lower(): text for name, text in retry_headers(error).items()}
+            headers = {**answers.error_headers(status), **hints}
             if "allow" in error.members:
                 headers["allow"] = str(error.members["allow"])
             await self._send_whole(status, body, headers)
@@ -293,7 +295,9 @@ async def _ask_all(work: _Work, take: Take) -> None:
 
     async def ask(index: int) -> None:
         request = work.ask.requests[index]
-        async with room, aclosing(runtime.stream(work.context, work.target, request)) as events:
+        is_first = index % work.ask.choices_each == 0  # of the answers to its prompt
+        answer = runtime.stream(work.context, work.target, request, with_prompt=is_first)
+        async with room, aclosing(answer) as events:
             async for event in events:
                 async with one:
                     await take(index, event)

@@ -32,10 +32,10 @@ from outcrop.ids import foundation_model_arn, parse_arn
 from outcrop.models.catalog import BaseModel
 from outcrop.serve.client import ModelClient
 from outcrop.serve.prompt_formats import NativeRequest, format_body, parse_body
-from outcrop.serve.request import Generation, GenerationRequest, TokenEvent
+from outcrop.serve.request import Generation, GenerationRequest, Owner, TokenEvent
 from outcrop.store import models, servers, throughputs
 from outcrop.store.database import transaction
-from outcrop.store.rows import ProvisionedModel
+from outcrop.store.rows import ProvisionedModel, TokenUsage
 from outcrop.wire.document import read_json
 from outcrop.wire.model import service_model
 from outcrop.wire.validate import validate
@@ -67,6 +67,10 @@ class Target:
     """Folder of the custom model's artifact."""
     digest: str | None = None
     """Of that folder, as it was published."""
+    model_arn: str = ""
+    """Of the base model or the custom model."""
+    throughput: ProvisionedModel | None = None
+    """By which it was asked; None is on demand."""
 
 
 async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Output:
@@ -113,16 +117,28 @@ async def generate(
         ModelTimeoutException: the answer took longer than `invoke_timeout_seconds`.
         ModelErrorException: the server ended while it answered, or cannot be started.
     """
-    request = _generation_request(target, native)
+    request = _generation_request(context, target, native)
 
     async def ask(client: ModelClient) -> list[Generation]:
-        return [await client.generate(request) for _ in range(native.num_generations)]
+        found = []
+        for number in range(native.num_generations):
+            last: TokenEvent | Generation | None = None
+            # Read to its end: what an iteration leaves behind is closed at some later time only.
+            async for event in _counted(context, target, client.stream(request), number == 0):
+                last = event
+            assert isinstance(last, Generation)
+            found.append(last)
+        return found
 
     return await _with_server(context, target.weights, ask)
 
 
 async def stream(
-    context: RequestContext, target: Target, native: NativeRequest
+    context: RequestContext,
+    target: Target,
+    native: NativeRequest,
+    *,
+    with_prompt: bool = True,
 ) -> AsyncGenerator[TokenEvent | Generation, None]:
     """Yield one answer as the model server makes it; the last event is the Generation.
 
@@ -130,18 +146,20 @@ async def stream(
     (`contextlib.aclosing`) cancels the request in the model server. Time that its reader takes
     between events does not count as the model's.
 
+    Args:
+        with_prompt: whether the prompt counts as used; of several answers to one, the first only.
     Raises:
         ApiError: as `generate`, and as the model server refuses the request; after the first
             event too, where the server ends or the answer takes too long.
     """
-    request = _generation_request(target, native)
+    request = _generation_request(context, target, native)
     seconds = context.services.settings.invoke_timeout_seconds
 
     async def begin(
         client: ModelClient,
     ) -> tuple[AsyncGenerator[TokenEvent | Generation, None], TokenEvent | Generation, float]:
         started = time.monotonic()
-        events = client.stream(request)
+        events = _counted(context, target, client.stream(request), with_prompt)
         return events, await anext(events), seconds - (time.monotonic() - started)
 
     events, event, left = await _with_server(context, target.weights, begin)
@@ -159,13 +177,50 @@ async def stream(
             yield event
 
 
-def _generation_request(target: Target, native: NativeRequest) -> GenerationRequest:
+async def _counted(
+    context: RequestContext,
+    target: Target,
+    events: AsyncGenerator[TokenEvent | Generation, None],
+    with_prompt: bool,
+) -> AsyncGenerator[TokenEvent | Generation, None]:
+    """Pass an answer on, and count its tokens at its end, however that comes."""
+    last: TokenEvent | Generation | None = None
+    try:
+        async with aclosing(events):
+            async for event in events:
+                last = event
+                yield event
+    finally:
+        if last is not None:
+            context.services.usage.count(
+                context.account,
+                context.region,
+                target.model_arn,
+                target.throughput.arn if target.throughput else "",
+                TokenUsage(
+                    requests=int(with_prompt),
+                    input_tokens=last.input_tokens if with_prompt else 0,
+                    output_tokens=last.output_tokens,
+                ),
+            )
+
+
+def _generation_request(
+    context: RequestContext, target: Target, native: NativeRequest
+) -> GenerationRequest:
+    throughput = target.throughput
     return GenerationRequest(
         messages=native.messages,
         sampling=native.sampling,
         adapter=str(target.artifact) if target.artifact else None,
         adapter_digest=target.digest,
         prompt=native.raw_prompt,
+        owner=Owner(
+            account=context.account,
+            model=target.model_arn,
+            reservation=throughput.id if throughput else None,
+            units=throughput.model_units if throughput else 0,
+        ),
     )
 
 
@@ -220,7 +275,8 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
             resource = found.arn if found else resource
         context.require(connection, f"bedrock:{operation}", resource)
         if base is not None:
-            return Target(model_id, base, base.weights, None)
+            arn = foundation_model_arn(region, base.model_id)
+            return Target(model_id, base, base.weights, None, model_arn=arn)
         if throughput is not None:
             return _provisioned(connection, context, throughput)
     if custom is not None:
@@ -257,7 +313,11 @@ def _provisioned(
         )
     artifact = context.services.settings.data_dir / custom.artifact_path if custom else None
     digest = custom.artifact_digest if custom else None
-    return Target(throughput.arn, base, throughput.weights, artifact, digest)
+    return Target(
+        *(throughput.arn, base, throughput.weights, artifact, digest),
+        model_arn=throughput.model_arn,
+        throughput=throughput,
+    )
 
 
 async def _ready_client(context: RequestContext, weights: str, deadline: float) -> ModelClient:

@@ -49,7 +49,8 @@ async def pieces(
     Raises as `runtime.stream`.
     """
     length, is_first = 0, True
-    async with aclosing(stream(context, target, native)) as events:
+    answer = stream(context, target, native, with_prompt=number == 0)
+    async with aclosing(answer) as events:
         async for event in events:
             done = event if isinstance(event, Generation) else None
             text = done.text[length:] if done else event.text

@@ -66,6 +66,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             token=token,
             max_throughputs=settings.max_provisioned_models,
             max_model_units=settings.max_model_units,
+            machine_model_units=settings.machine_model_units,
         )
         servers.want(connection, weights)
         if tag_list:

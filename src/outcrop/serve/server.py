@@ -80,6 +80,8 @@ def run_model_server(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from outcrop.models.compiled import keep_libraries_in, kernel_folder
     from outcrop.serve.engine import BatchEngine
+    from outcrop.serve.fairness import Limits
+    from outcrop.serve.rate import RateMeter, rate_file
 
     started = time.perf_counter()
     # uvicorn raises the signal that ended it once more: then, and while loading, just end.
@@ -88,7 +90,18 @@ def run_model_server(
     try:
         folder = ensure_weights(settings, weights_key)
         keep_libraries_in(kernel_folder(settings))
-        engine = BatchEngine(folder, threads=settings.serve_threads or default_threads())
+        threads = settings.serve_threads or default_threads()
+        rates = rate_file(settings.data_dir / "cache" / "rates", weights_key, threads)
+        engine = BatchEngine(
+            folder,
+            threads=threads,
+            limits=Limits(
+                units=settings.machine_model_units,
+                max_waiting=settings.max_waiting_requests,
+                burst_seconds=settings.throughput_burst_seconds,
+            ),
+            meter=RateMeter(rates, fixed=settings.machine_tokens_per_second),
+        )
         app = make_app(engine, weights_key, timeout_seconds=settings.invoke_timeout_seconds)
         config = uvicorn.Config(
             app,

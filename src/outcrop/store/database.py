@@ -123,6 +123,12 @@ def lock_account(connection: Connection, account: str, region: str) -> None:
     _advisory_lock(connection, f"{account}/{region}")
 
 
+def lock_machine(connection: Connection) -> None:
+    """Let no other transaction buy a part of the machine until this one ends; after `lock_account`
+    where both are needed."""
+    _advisory_lock(connection, "machine")
+
+
 def migrate(
     engine: Engine,
     backup_dir: Path | None = None,

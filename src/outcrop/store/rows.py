@@ -245,6 +245,28 @@ class ModelServer:
 
 
 @dataclass(frozen=True)
+class UsageKey:
+    """Who was answered by what, in which hour."""
+
+    account: str
+    region: str
+    model_arn: str
+    throughput_arn: str
+    """Of the provisioned throughput that was asked; empty on demand."""
+    hour: datetime
+    """Its beginning, in UTC."""
+
+
+@dataclass(frozen=True)
+class TokenUsage:
+    """What was answered under one key."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
 class Page(Generic[T]):
     """Part of a list."""
 

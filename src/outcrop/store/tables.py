@@ -305,3 +305,17 @@ model_server = sa.Table(
     _required("last_used_at", Instant),
     sa.PrimaryKeyConstraint("account", "region", "key"),
 )
+
+token_usage = sa.Table(
+    "token_usage",
+    metadata,
+    *_scope(),
+    _required("model_arn", sa.String(1011)),
+    # Empty on demand: a key's column cannot be null.
+    _required("throughput_arn", sa.String(1011)),
+    _required("hour", Instant),
+    _required("requests", sa.BigInteger),
+    _required("input_tokens", sa.BigInteger),
+    _required("output_tokens", sa.BigInteger),
+    sa.PrimaryKeyConstraint("account", "region", "hour", "model_arn", "throughput_arn"),
+)

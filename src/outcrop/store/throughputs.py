@@ -14,7 +14,7 @@ from outcrop.errors import (
     ValidationException,
 )
 from outcrop.store import tables, tokens
-from outcrop.store.database import lock_account
+from outcrop.store.database import lock_account, lock_machine
 from outcrop.store.listing import Listing, list_page
 from outcrop.store.rows import NewProvisionedModel, Page, ProvisionedModel, from_row
 from outcrop.store.tags import remove_tags
@@ -30,12 +30,14 @@ def create_throughput(
     token: RequestToken | None = None,
     max_throughputs: int,
     max_model_units: int,
+    machine_model_units: int,
 ) -> ProvisionedModel:
     """Create a throughput; a request that was seen before returns what it made then.
 
     Args:
         max_throughputs: throughputs without commitment that an account may have.
         max_model_units: units that one may have.
+        machine_model_units: units that those of all accounts may have together.
     Raises:
         ValidationException: the name is taken. Source: the operation's modelled errors have no
             ConflictException.
@@ -69,6 +71,7 @@ def create_throughput(
                 f"{max_throughputs} are allowed. Delete one, or raise the setting "
                 "max_provisioned_models."
             )
+    _check_units(connection, new.model_units, machine_model_units)
     now = datetime.now(UTC)
     connection.execute(
         sa.insert(_TABLE).values(
@@ -84,6 +87,20 @@ def create_throughput(
     created = _by_id(connection, new.id)
     assert created is not None
     return created
+
+
+def _check_units(connection: Connection, wanted: int, machine_model_units: int) -> None:
+    """Refuse a purchase beyond what is left; a throughput that failed holds nothing."""
+    lock_machine(connection)
+    query = sa.select(sa.func.coalesce(sa.func.sum(_TABLE.c.model_units), 0))
+    sold = int(connection.execute(query.where(_TABLE.c.status != "Failed")).scalar_one())
+    left = max(0, machine_model_units - sold)
+    if wanted > left:
+        raise ServiceQuotaExceededException(
+            f"modelUnits is {wanted}, but of the machine's {machine_model_units} model units only "
+            f"{left} are left: provisioned throughputs hold {sold}. Delete one, or raise the "
+            "setting machine_model_units, which makes each unit a smaller part of the machine."
+        )
 
 
 def get_throughput(

@@ -109,6 +109,7 @@ def serialize_error(
         "x-amzn-RequestId": request_id,
         "x-amzn-ErrorType": error.code,
         "Content-Type": "application/json",
+        **retry_headers(error),
     }
     document: dict[str, Any] = {"message": error.message}
     shape = (
@@ -121,6 +122,21 @@ def serialize_error(
         if value is not None and name.lower() != "message":
             document[wire_name(member, name)] = to_json(member, value)
     return HttpReply(error.http_status, headers, dump_json(document))
+
+
+def retry_headers(error: ApiError) -> dict[str, str]:
+    """Return what tells a client when to ask again, where an error knows it.
+
+    Source: botocore 1.44, retries/standard.py, reads the first, in milliseconds; its legacy mode
+    reads neither. RFC 9110, section 10.2.3, has the second, in seconds.
+    """
+    seconds = error.members.get("retryAfterSeconds")
+    if not isinstance(seconds, float | int):
+        return {}
+    return {
+        "x-amz-retry-after": str(math.ceil(1000 * seconds)),
+        "Retry-After": str(math.ceil(seconds)),
+    }
 
 
 # --- JSON --------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_every_form_of_a_models_id_converses(gateway: Gateway) -> None:
     with transaction(gateway.engine) as connection:
         made = throughputs.create_throughput(
             connection, new_throughput("fast", arn, weights=WEIGHTS),
-            max_throughputs=1, max_model_units=1,
+            max_throughputs=1, max_model_units=1, machine_model_units=2,
         )  # fmt: skip
         throughputs.mark_in_service(connection, made.weights)
     for model in (f"{TITAN}:0:8k", arn, made.arn, made.name):

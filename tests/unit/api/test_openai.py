@@ -336,6 +336,7 @@ def throughput(gateway: Gateway) -> Iterator[str]:
             *(connection, new_throughput("fast", weights=WEIGHTS)),
             max_throughputs=2,
             max_model_units=1,
+            machine_model_units=2,
         )
         throughputs.mark_in_service(connection, made.weights)
         found = throughputs.get_throughput(connection, ACCOUNT, REGION, made.arn)

@@ -34,7 +34,11 @@ def throughput(services: Services) -> ProvisionedModel:
     """One that is in service."""
     with transaction(services.engine) as connection:
         made = throughputs.create_throughput(
-            connection, new_throughput("fast"), max_throughputs=1, max_model_units=1
+            connection,
+            new_throughput("fast"),
+            max_throughputs=1,
+            max_model_units=1,
+            machine_model_units=2,
         )
         throughputs.mark_in_service(connection, made.weights)
     return made

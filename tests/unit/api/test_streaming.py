@@ -268,6 +268,7 @@ def test_every_form_of_a_models_id_is_streamed(gateway: Gateway) -> None:
             ),
             max_throughputs=1,
             max_model_units=1,
+            machine_model_units=2,
         )
         throughputs.mark_in_service(connection, made.weights)
     region = gateway.settings.region

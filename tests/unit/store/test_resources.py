@@ -30,7 +30,11 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import CustomModel
 from outcrop.store.tokens import request_token
 
-QUOTAS: dict[str, Any] = {"max_throughputs": 2, "max_model_units": 1}
+QUOTAS: dict[str, Any] = {
+    "max_throughputs": 2,
+    "max_model_units": 1,
+    "machine_model_units": 9,
+}
 SCOPE = (ACCOUNT, REGION)
 
 

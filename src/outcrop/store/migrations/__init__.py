@@ -16,6 +16,7 @@ from outcrop.store.migrations import (
     m0003_run_plan,
     m0004_job_metric,
     m0005_api_key,
+    m0006_token_usage,
 )
 
 Migration = Callable[[Connection], None]
@@ -26,4 +27,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0003_run_plan.apply,
     m0004_job_metric.apply,
     m0005_api_key.apply,
+    m0006_token_usage.apply,
 )
