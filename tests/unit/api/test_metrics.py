@@ -24,12 +24,13 @@ from outcrop.models.catalog import shipped_models
 from outcrop.serve.client import ModelClient
 from outcrop.serve.engine import BatchEngine
 from outcrop.serve.histogram import Histogram
-from outcrop.serve.request import GenerationRequest, SamplingParams
+from outcrop.serve.request import GenerationRequest, Owner, SamplingParams
 from outcrop.settings import Settings
 from outcrop.store import servers
 from outcrop.store.database import transaction
 
 WEIGHTS = shipped_models()[0].weights
+SECRET = "account and model"
 SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z]+="(?:[^"\\]|\\.)*",?)*)\})? (\S+)')
 
 
@@ -75,7 +76,9 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     engine = BatchEngine(folder, threads=1, dtype=torch.float32)
     for text in ("Hello there, you", "Hello there, me", "Bye"):
         sampling = SamplingParams(temperature=0, max_tokens=5)
-        list(stream(engine, GenerationRequest((Message("user", text),), sampling)))
+        owner = Owner(SECRET, SECRET, "t1" if text == "Bye" else None, 1)
+        request = GenerationRequest((Message("user", text),), sampling, owner=owner)
+        list(stream(engine, request))
     stats = dataclasses.asdict(engine.stats())
     engine.close()
     return {**stats, "weights": WEIGHTS, "uptime_seconds": 3.5, "max_memory_bytes": 1000}
@@ -112,6 +115,23 @@ def test_every_figure_of_a_model_server_is_told_in_prometheus_form(
         assert name.endswith("_total") == (kind == "counter")
     assert found["outcrop_generation_tokens_total"] == {labels: 15}
     assert found["outcrop_requests_total"] == {labels: 3}
+
+
+def test_classes_are_told_apart_and_neither_accounts_nor_models_are_named(
+    served: Services, figures: dict[str, Any]
+) -> None:
+    text = bytes(asked(served).body).decode()
+    found = read(text)
+    tokens = found["outcrop_class_tokens_total"]
+    labels = {name: f'weights="{WEIGHTS}",class="{name}"' for name in ("provisioned", "on_demand")}
+    assert set(tokens) == set(labels.values())
+    assert sum(tokens.values()) == figures["input_tokens"] + figures["output_tokens"]
+    assert 5 < tokens[labels["provisioned"]] < tokens[labels["on_demand"]]
+    assert set(found["outcrop_class_throttled_total"].values()) == {0}
+    (used,) = found["outcrop_reservation_used"].items()
+    assert used[0] == f'weights="{WEIGHTS}",throughput="t1"'
+    assert 0 <= used[1] < 0.1
+    assert SECRET not in text
 
 
 def test_histograms_are_cumulative_and_count_every_token(served: Services) -> None:
@@ -190,7 +210,9 @@ def test_every_figure_is_documented() -> None:
     names = {
         *metrics.SERVER_FIGURES,
         *metrics.SERVER_HISTOGRAMS,
+        *metrics.CLASS_FIGURES,
         metrics.UP[0],
         metrics.JOBS[0],
+        metrics.RESERVATION[0],
     }
     assert set(re.findall(r"`(outcrop_[a-z_]+)`", text)) == names
