@@ -36,8 +36,10 @@ MAY_LOAD_TORCH = (
     "serve/packed.py",
     "serve/paged.py",
     "serve/plain.py",
+    "serve/rate.py",
     "serve/sampler.py",
     "serve/sequence.py",
+    "serve/task.py",
 )
 """The rooms and modules that compute."""
 MUST_NOT = {

@@ -115,6 +115,7 @@ BROAD = {
     "models/fused.py": "whatever keeps torch from compiling a function, the plain one runs",
     "serve/engine.py": "one request fails as ModelErrorException, the others go on",
     "serve/plain.py": "one part of a pass fails, the others go on",
+    "serve/rate.py": "a rate that cannot be measured is assumed, and requests are answered",
 }
 """Modules that may catch every exception and go on, each with its reason."""
 

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 
 import anyio.to_thread
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.store.database import transaction
 from outcrop.store.rows import TokenUsage, UsageKey
@@ -57,8 +58,7 @@ class UsageMeter:
         try:
             with transaction(engine) as connection:
                 add_usage(connection, counted)
-        # Whatever the database's driver raises: nobody is to lose a count, or an answer, by it.
-        except Exception:
+        except SQLAlchemyError:  # a full disk, or a database that is away
             logger.exception("usage could not be written; it is tried again")
             with self._lock:
                 for key, added in counted.items():
