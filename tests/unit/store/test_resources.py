@@ -122,6 +122,39 @@ def test_throughput_quotas_name_number_limit_and_setting(engine: Engine) -> None
             throughputs.create_throughput(connection, new, **QUOTAS)
 
 
+def test_a_purchase_beyond_the_machines_units_is_refused_whosever_they_are(
+    engine: Engine,
+) -> None:
+    quotas: dict[str, Any] = {
+        "max_throughputs": 5,
+        "max_model_units": 5,
+        "machine_model_units": 3,
+    }
+
+    def buy(name: str, units: int, account: str = ACCOUNT, **fields: Any) -> None:
+        with transaction(engine) as connection:
+            new = new_throughput(name, account=account, model_units=units, **fields)
+            throughputs.create_throughput(connection, new, **quotas)
+
+    buy("failed", 3)
+    with transaction(engine) as connection:
+        throughputs.mark_failed(connection, "tiny", "it did not start")
+    buy("a", 2, commitment="OneMonth")
+    says = r"modelUnits is 2, .* machine's 3 model units only 1 are left: .* hold 2.*"
+    with pytest.raises(ServiceQuotaExceededException, match=says + "machine_model_units"):
+        buy("b", 2, OTHER_ACCOUNT, weights="another model")
+    buy("b", 1, OTHER_ACCOUNT, weights="another model")
+    quotas["machine_model_units"] = 2  # an operator who cuts the machine anew later
+    with pytest.raises(ServiceQuotaExceededException, match="only 0 are left"):
+        buy("c", 1)
+    with transaction(engine) as connection:
+        found = throughputs.get_throughput(connection, OTHER_ACCOUNT, REGION, "b")
+        assert found is not None
+        throughputs.delete_throughput(connection, found, now=datetime.now(UTC))
+    quotas["machine_model_units"] = 3
+    buy("c", 1)
+
+
 def test_throughput_name_is_unique_in_its_account(engine: Engine) -> None:
     with transaction(engine) as connection:
         throughputs.create_throughput(connection, new_throughput("a"), **QUOTAS)
@@ -133,6 +166,30 @@ def test_throughput_name_is_unique_in_its_account(engine: Engine) -> None:
         transaction(engine) as connection,
     ):
         throughputs.create_throughput(connection, new_throughput("a"), **QUOTAS)
+
+
+def test_the_machines_units_are_sold_once_to_accounts_that_come_at_once(engine: Engine) -> None:
+    barrier = threading.Barrier(6)
+    outcomes: list[str] = []
+
+    def buy(number: int) -> None:
+        barrier.wait()
+        new = new_throughput("t", account=f"{number:012}")
+        try:
+            with transaction(engine) as connection:
+                throughputs.create_throughput(
+                    connection, new, **{**QUOTAS, "machine_model_units": 2}
+                )
+            outcomes.append("made")
+        except ServiceQuotaExceededException:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=buy, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["made"] * 2 + ["refused"] * 4
 
 
 def test_throughput_quota_holds_against_requests_that_come_at_once(engine: Engine) -> None:
