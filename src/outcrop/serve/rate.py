@@ -1,7 +1,7 @@
 """How fast a machine answers with a model in full batches: assumed, measured once, then kept.
 
-Model units are shares of this rate. It is measured by a few passes of as many answers as there are
-slots, while nobody asks, and given up as soon as somebody does. Other work on the machine can only
+Model units are shares of this rate. It is measured by a few passes of more and more answers, up
+to a full batch, while nobody asks, and given up as soon as somebody does. Other work on the machine can only
 make it look slower, so a full batch of real requests that was faster counts from then on.
 """
 
@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from outcrop.models.compiled import processor
@@ -26,8 +26,11 @@ VERSION = 1
 """Of the kept files; raised when passes change so much that old ones mislead."""
 PROMPT_TOKENS = 16
 """Of each sequence that is measured with."""
-MEASURED_PASSES, MEASURED_SECONDS = 8, 3.0
-"""Passes of answers that are measured: so many, or fewer where they take longer, two at least."""
+MAX_PASSES = 16
+"""Passes of answers that are measured; the last half of them have as many as the largest one."""
+PASS_SECONDS, MEASURED_SECONDS = 0.25, 2.0
+"""No larger pass is tried after one that took so long, because a request may come and wait for it;
+and for how long prompts are measured, and then answers."""
 OBSERVED_PASSES = 16
 """Passes of real answers in a row that tell a rate."""
 FASTER = 1.05
@@ -132,76 +135,111 @@ def rate_file(folder: Path, weights_key: str, threads: int) -> Path:
 def measure_rates(
     backend: Backend, pool: PagePool, slots: int, stop: Callable[[], bool]
 ) -> Rates | None:
-    """Compute as many made-up answers as there are slots, and return how fast that went.
+    """Compute made-up answers, as many at a time as there are slots, and return how fast that went.
+
+    Where a pass of fewer takes long already, such as on the torch backend, which computes one after
+    the other, more at a time would not be faster, and it is left at that.
 
     Args:
         stop: asked before each pass, whether to give up.
     Returns:
         None where it was given up, or where no two sequences find room.
     """
-    most = PROMPT_TOKENS + MEASURED_PASSES
     tables: list[PageTable] = []
     try:
         while len(tables) < slots:
             table = PageTable()
-            if not pool.extend(table, most):
+            if not pool.extend(table, PROMPT_TOKENS + MAX_PASSES):
                 break
             tables.append(table)
-        if len(tables) < 2:
+        if len(tables) < 2 or backend.max_context < PROMPT_TOKENS + MAX_PASSES:
             return None
-        return _measure(backend, tables, stop)
+        sequences = [
+            _Sequence(
+                [(31 * number + 7 * place) % backend.vocabulary for place in range(PROMPT_TOKENS)],
+                table,
+            )
+            for number, table in enumerate(tables)
+        ]
+        prompt_rate = _measure_prompts(backend, sequences, stop)
+        rate = _measure_answers(backend, sequences, stop)
+        return Rates(rate, prompt_rate) if rate and prompt_rate else None
     finally:
         for table in tables:
             pool.close(table)
 
 
-def _measure(backend: Backend, tables: list[PageTable], stop: Callable[[], bool]) -> Rates | None:
-    memories = [Memory() for _ in tables]
-    length = min(PROMPT_TOKENS, backend.max_context - MEASURED_PASSES)
-    prompts = [
-        [(31 * number + 7 * place) % backend.vocabulary for place in range(length)]
-        for number in range(len(tables))
+@dataclass
+class _Sequence:
+    """A made-up prompt and its answer."""
+
+    next_ids: list[int]
+    table: PageTable
+    num_computed: int = 0
+    memory: Memory = field(default_factory=Memory)
+
+
+def _measure_prompts(
+    backend: Backend, sequences: list[_Sequence], stop: Callable[[], bool]
+) -> float:
+    """Return how many tokens of prompts the best pass computed in a second; 0 if given up."""
+    best, total, size, place = 0.0, 0.0, 1, 0
+    while place < len(sequences) and (total < MEASURED_SECONDS or place < 2):
+        if stop():
+            return 0.0
+        group = sequences[place : place + size]
+        seconds = _run(backend, group)
+        best = max(best, len(group) * PROMPT_TOKENS / seconds)
+        total, place = total + seconds, place + len(group)
+        if seconds < PASS_SECONDS:
+            size = min(2 * size, max(1, backend.max_rows // PROMPT_TOKENS))
+    return best
+
+
+def _measure_answers(
+    backend: Backend, sequences: list[_Sequence], stop: Callable[[], bool]
+) -> float:
+    """Return how many tokens of answers the largest passes computed in a second; 0 if given up."""
+    ready = [sequence for sequence in sequences if sequence.num_computed]
+    size, total, tokens, spent = 1, 0.0, 0, 0.0
+    for number in range(MAX_PASSES):
+        if stop():
+            return 0.0
+        seconds = _run(backend, ready[:size])
+        spent += seconds
+        is_larger_tried = number < MAX_PASSES // 2 and size < len(ready) and seconds < PASS_SECONDS
+        if is_larger_tried:
+            size, total, tokens = min(2 * size, len(ready)), 0.0, 0
+        else:
+            total, tokens = total + seconds, tokens + size
+        if not is_larger_tried and spent > MEASURED_SECONDS:
+            break
+    return tokens / total
+
+
+def _run(backend: Backend, sequences: list[_Sequence]) -> float:
+    """Compute the next tokens of sequences; returns the seconds that it took."""
+    parts = [
+        Part(
+            artifact=None,
+            token_ids=sequence.next_ids,
+            first_position=sequence.num_computed,
+            pages=sequence.table.numbers,
+            num_scores=1,
+            memory=sequence.memory,
+        )
+        for sequence in sequences
     ]
-    newest: list[int] = []
-    total = 0.0
-    a_pass = max(1, backend.max_rows // length)
-    for first in range(0, len(tables), a_pass):
-        if stop():
-            return None
-        parts = [
-            Part(None, prompts[number], 0, tables[number].numbers, 1, memory=memories[number])
-            for number in range(first, min(first + a_pass, len(tables)))
-        ]
-        drawn, seconds = _run(backend, parts)
-        newest += drawn
-        total += seconds
-    prompt_rate = len(tables) * length / total
-    total, done = 0.0, 0
-    while done < MEASURED_PASSES and (total < MEASURED_SECONDS or done < 2):
-        if stop():
-            return None
-        parts = [
-            Part(None, [newest[number]], length + done, table.numbers, 1, memory=memories[number])
-            for number, table in enumerate(tables)
-        ]
-        newest, seconds = _run(backend, parts)
-        total += seconds
-        done += 1
-    return Rates(len(tables) * done / total, prompt_rate)
-
-
-def _run(backend: Backend, parts: list[Part]) -> tuple[list[int], float]:
-    """Compute a pass; returns the token drawn for each part, and the seconds that it took."""
     started = time.perf_counter()
     found = backend.run(parts)
     seconds = time.perf_counter() - started
-    newest = []
-    for scores in found:
+    for sequence, scores in zip(sequences, found, strict=True):
         if isinstance(scores, Exception):
             raise scores
         assert scores is not None
-        newest.append(max(0, scores.chosen[-1]))
-    return newest, seconds
+        sequence.num_computed += len(sequence.next_ids)
+        sequence.next_ids = [max(0, scores.chosen[-1])]
+    return seconds
 
 
 def _read(file: Path) -> Rates | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.serve.tiny_chat import stream, write_tiny_chat
+from tests.unit.serve.tiny_chat import stream, write_random_adapter, write_tiny_chat
 
 from outcrop.data.records import Message
-from outcrop.errors import ThrottlingException
+from outcrop.errors import ModelErrorException, ThrottlingException
 from outcrop.serve.engine import BatchEngine
 from outcrop.serve.fairness import ON_DEMAND, PROVISIONED, Limits
 from outcrop.serve.plain import PlainBackend
@@ -241,6 +243,34 @@ def test_what_is_computed_again_after_giving_way_is_not_charged_again(start: Sta
     stats = engine.stats()
     assert stats.num_preempted > 0
     assert stats.classes[ON_DEMAND].served_tokens == stats.input_tokens + stats.output_tokens
+
+
+def test_a_model_that_is_deleted_while_it_answers_fails_no_other_request(
+    folder: Path, tmp_path: Path
+) -> None:
+    artifacts = [write_random_adapter(folder, tmp_path / str(seed), seed) for seed in (1, 2)]
+    backend = PlainBackend(folder, threads=1, dtype=torch.float32, max_adapter_bytes=1)
+    engine = BatchEngine(folder, threads=1, backend=backend)
+
+    def of(artifact: Path) -> GenerationRequest:
+        return replace(request(ANNA, tokens=20), adapter=str(artifact))
+
+    try:
+        alone = [list(stream(engine, of(artifact)))[-1] for artifact in artifacts]
+        # Alone it is in memory, and its files are not needed any more.
+        events = stream(engine, of(artifacts[1]))
+        next(events)
+        shutil.rmtree(artifacts[1])
+        assert list(events)[-1] == alone[1]
+        # Beside another, for which there is room only once, they are read again.
+        notes = Notes()
+        held(engine, notes, [("kept", of(artifacts[0])), ("deleted", of(artifacts[1]))])
+        assert notes.events["kept"][-1] == alone[0]
+        (error,) = notes.events["deleted"]
+        assert isinstance(error, ModelErrorException)
+        assert str(tmp_path) not in error.message
+    finally:
+        engine.close()
 
 
 # --- the rate ------------------------------------------------------------------------------------
