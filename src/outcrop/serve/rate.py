@@ -1,8 +1,8 @@
 """How fast a machine answers with a model in full batches: assumed, measured once, then kept.
 
-Model units are shares of this rate. It is measured by a few passes of more and more answers, up
-to a full batch, while nobody asks, and given up as soon as somebody does. Other work on the machine can only
-make it look slower, so a full batch of real requests that was faster counts from then on.
+Model units are shares of this rate. It is measured by a few passes of more and more answers, up to
+a full batch, while nobody asks, and given up as soon as somebody does. Other work on the machine
+can only make it look slower, so a full batch of real requests that was faster counts from then on.
 """
 
 from __future__ import annotations
