@@ -9,11 +9,21 @@ import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, EventStreamError
+from tests.assets.smollm2 import smollm2_folder
 from tests.e2e.service import LLAMA, TITAN, Service, in_service, refusal, wait_for
+from tests.unit.serve.tiny_chat import write_random_adapter
+from tests.unit.store.build import new_model
+
+from outcrop.models.artifact import folder_digest
+from outcrop.models.weights import SHIPPED_KEY
+from outcrop.store import models
+from outcrop.store.database import connect, transaction
+from outcrop.store.rows import NewCustomModel
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -114,6 +124,44 @@ def test_a_model_server_that_is_killed_under_load_ends_its_streams_and_comes_bac
         each.close()
     assert set(codes) <= {"modelStreamErrorException", "whole"}
     assert "modelStreamErrorException" in codes
+
+
+@pytest.fixture(scope="module")
+def custom(small: Service) -> NewCustomModel:
+    """A custom model that changes the base a little, without a job that made it."""
+    found = new_model("mine", spec={"weights": SHIPPED_KEY})
+    artifact = small.data_dir / found.artifact_path
+    write_random_adapter(smollm2_folder(), artifact, size=0.01)
+    found = replace(found, artifact_digest=folder_digest(artifact))
+    engine = connect(small.settings.effective_database_url)
+    with transaction(engine) as connection:
+        models.insert_model(connection, found)
+    engine.dispose()
+    return found
+
+
+def test_an_answer_under_way_ends_well_when_throughput_and_model_are_deleted(
+    small: Service, throughput: str, custom: NewCustomModel
+) -> None:
+    bedrock, runtime = small.client("bedrock"), small.client("bedrock-runtime", attempts=8)
+    bought = in_service(small, "for-mine", custom.arn)
+    titan = {"maxTokenCount": 60, "temperature": 0}
+    asked = {
+        "modelId": bought,
+        "body": json.dumps({"inputText": "Count.", "textGenerationConfig": titan}),
+    }
+    whole = json.loads(runtime.invoke_model(**asked)["body"].read())
+    with closing(runtime.invoke_model_with_response_stream(**asked)["body"]) as events:
+        chunks = (json.loads(event["chunk"]["bytes"]) for event in events)
+        text = next(chunks)["outputText"]
+        error = refusal(lambda: bedrock.delete_custom_model(modelIdentifier=custom.arn))
+        assert error.code == "ConflictException", "the throughput goes first"
+        bedrock.delete_provisioned_model_throughput(provisionedModelId=bought)
+        assert refusal(lambda: runtime.invoke_model(**asked)).code == "ResourceNotFoundException"
+        bedrock.delete_custom_model(modelIdentifier=custom.arn)
+        assert not (small.data_dir / custom.artifact_path).exists()
+        text += "".join(chunk["outputText"] for chunk in chunks)
+    assert text == whole["results"][0]["outputText"]
 
 
 def test_usage_is_in_the_database_once_the_service_has_stopped(
