@@ -3,9 +3,9 @@
     python -m benchmarks.model_units [--weights FOLDER] [--threads 2] [--seconds 25]
 
 The engine runs in this process, as in a model server, without socket and gateway. Each client asks
-again as soon as it is answered. Four accounts have 32 clients each, with prompts of 256 tokens and
-answers of 64; a fifth has prompts of 64 tokens and answers of 64, first on demand, then with model
-units. A throttled client waits for as long as it is told.
+again as soon as it is answered. Four accounts have 32 clients each, with answers of 64 tokens; a
+fifth has prompts and answers of 64 tokens, first on demand, then with model units. Of the rate
+count answers and prompts, these at their cost. A throttled client waits for as long as it is told.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Account:
     first_seconds: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     throttled: int = 0
+    prompt_tokens: int = 0
 
 
 def main() -> None:
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="default: the shipped model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=25.0)
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of the flood")
     options = parser.parse_args()
     folder = shipped_weights(options.weights)
     meter = RateMeter()
@@ -76,15 +78,16 @@ def main() -> None:
         ("1 unit of 2", Owner("fifth", "base", "one", 1), CLIENTS),
         ("2 units of 2", Owner("fifth", "base", "two", 2), 2 * CLIENTS),
     ):
-        accounts = run(engine, owner, clients, options.seconds)
+        accounts = run(engine, owner, clients, options.seconds, options.prompt_tokens)
         fifth = accounts.pop(owner.account)
         rate = fifth.tokens / options.seconds
+        cost = rate + found.prompt_cost * fifth.prompt_tokens / options.seconds
         others = [account.tokens / options.seconds for account in accounts.values()]
         rows.append(
             (
                 f"{name}, {clients} clients",
                 f"{rate:.0f}",
-                f"{rate / found.tokens_per_second:.0%}",
+                f"{cost / found.tokens_per_second:.0%}",
                 f"{statistics.median(fifth.first_seconds or [0.0]):.2f}",
                 f"{percentile(fifth.gaps, 0.95):.2f}",
                 str(fifth.throttled),
@@ -100,12 +103,15 @@ def main() -> None:
         f"{found.tokens_per_second:.0f} tokens a second of answers, "
         f"{found.prompt_tokens_per_second:.0f} of prompts.",
         rows,
-        "The accounts of the flood had 32 clients each, prompts of 256 tokens and answers of 64. "
+        f"The accounts of the flood had 32 clients each, prompts of {options.prompt_tokens} tokens "
+        "and answers of 64. "
         "What the other work on the machine took is in the load average.",
     )
 
 
-def run(engine: BatchEngine, owner: Owner, clients: int, seconds: float) -> dict[str, Account]:
+def run(
+    engine: BatchEngine, owner: Owner, clients: int, seconds: float, flood_tokens: int
+) -> dict[str, Account]:
     """Let all clients ask for so long, and return what each account saw."""
     seeds = random.Random(0)
     accounts = {one.account: Account() for one in (*FLOOD, owner)}
@@ -154,6 +160,7 @@ def run(engine: BatchEngine, owner: Owner, clients: int, seconds: float) -> dict
                 account.tokens += event.output_tokens - int(last[1])
                 times = account.gaps if last[1] else account.first_seconds
                 times.append(now - last[0])
+                account.prompt_tokens += 0 if last[1] else event.input_tokens
             last[0], last[1] = now, event.output_tokens
             if isinstance(event, Generation):
                 over.set()
@@ -161,7 +168,10 @@ def run(engine: BatchEngine, owner: Owner, clients: int, seconds: float) -> dict
         return take
 
     threads = []
-    for one, length, how_many in (*((each, 256, CLIENTS) for each in FLOOD), (owner, 64, clients)):
+    for one, length, how_many in (
+        *((each, flood_tokens, CLIENTS) for each in FLOOD),
+        (owner, 64, clients),
+    ):
         prompts = [cut(engine, draw_words(seeds, length), length) for _ in range(16)]
         for number in range(how_many):
             turned = prompts[number % 16 :] + prompts[: number % 16]
