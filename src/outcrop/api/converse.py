@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio.to_thread
 
+from outcrop.api import tools
 from outcrop.api.context import Output, RequestContext, StreamEvent, begun
 from outcrop.api.runtime import (
     GUARDRAILS,
@@ -28,10 +29,10 @@ from outcrop.serve.prompt_formats.converse import (
     parse_converse,
     response_fields,
 )
+from outcrop.serve.prompt_formats.tools import converse_block_events, converse_content
 from outcrop.serve.request import Generation
 
 NOT_SUPPORTED = {
-    "toolConfig": "This model doesn't support tool use.",
     "guardrailConfig": GUARDRAILS,
     "outputConfig": "This model doesn't support the outputConfig field. Remove outputConfig and "
     "try again.",
@@ -46,7 +47,7 @@ async def converse(context: RequestContext, params: dict[str, Any]) -> Output:
     started = time.perf_counter()
     target, native = await _read(context, params, "InvokeModel")
     (generation,) = await generate(context, target, native)
-    message = {"role": "assistant", "content": [{"text": generation.text}]}
+    message = {"role": "assistant", "content": converse_content(generation)}
     return Output(
         {
             "output": {"message": message},
@@ -76,6 +77,7 @@ async def count_tokens(context: RequestContext, params: dict[str, Any]) -> Outpu
     else:
         _refuse_what_is_not_supported(source["converse"])
         native = parse_converse(target.base, source["converse"])
+    native = await tools.checked(context.services.settings, target.weights, native)
     return Output({"inputTokens": await count(context, target, native)})
 
 
@@ -88,7 +90,8 @@ async def _read(
     tier = params.get("serviceTier", {}).get("type")
     check_ways(context, params["modelId"], latency, tier)
     check_paths(params.get("additionalModelResponseFieldPaths", ()))
-    return target, parse_converse(target.base, params)
+    native = parse_converse(target.base, params)
+    return target, await tools.checked(context.services.settings, target.weights, native)
 
 
 def _refuse_what_is_not_supported(params: dict[str, Any]) -> None:
@@ -108,11 +111,9 @@ async def _events(
         async for piece in found:
             if piece.is_first:
                 yield "messageStart", {"role": "assistant"}
-            if piece.text:
-                delta = {"text": piece.text}
-                yield "contentBlockDelta", {"delta": delta, "contentBlockIndex": 0}
+            for event in converse_block_events(piece.blocks):
+                yield event
             if piece.done is not None:
-                yield "contentBlockStop", {"contentBlockIndex": 0}
                 yield "messageStop", _stopped(target, native, piece.done, params)
                 yield "metadata", _metadata(piece.done, started, params)
 

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
@@ -25,7 +25,7 @@ from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from outcrop.api import handlers, runtime
+from outcrop.api import handlers, runtime, tools
 from outcrop.api import openai_answers as answers
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.openai_requests import Ask, model_id, parse_chat, parse_completion
@@ -144,7 +144,12 @@ class Answer:
         context = self._context(principal, operation)
         target = _resolve(context, name, operation)
         kind: answers.Kind = "chat" if parse is parse_chat else "text"
-        return _Work(context, target, parse(target.base, value), answers.Reply(kind, name))
+        return _Work(
+            context,
+            target,
+            _checked(context, target, parse(target.base, value)),
+            answers.Reply(kind, name),
+        )
 
     def _authenticate(self, signed: SignedRequest) -> Principal:
         key = bearer_key(dict(signed.headers).get("authorization", ""))
@@ -214,6 +219,8 @@ class Answer:
                 await self._send_event(answers.text_chunk(reply, index, text), ask)
             if isinstance(event, Generation):
                 ended[index] = event
+                if calls := answers.calls_chunk(reply, index, event):
+                    await self._send_event(calls, ask)
                 await self._send_event(answers.last_chunk(reply, index, event), ask)
 
         await _ask_all(work, take)
@@ -298,7 +305,7 @@ async def _ask_all(work: _Work, take: Take) -> None:
         is_first = index % work.ask.choices_each == 0  # of the answers to its prompt
         answer = runtime.stream(work.context, work.target, request, with_prompt=is_first)
         async with room, aclosing(answer) as events:
-            async for event in events:
+            async for event in tools.scanned(request, events):
                 async with one:
                     await take(index, event)
 
@@ -323,6 +330,17 @@ def _check_method(signed: SignedRequest, allowed: str) -> None:
             http_status=405,
             members={"allow": allowed, "code": "method_not_supported"},
         )
+
+
+def _checked(context: RequestContext, target: runtime.Target, ask: Ask) -> Ask:
+    """Make sure that the model can be told of the tools."""
+    settings = context.services.settings
+    try:
+        requests = [tools.check(settings, target.weights, one) for one in ask.requests]
+    except ValidationException as error:
+        members: dict[str, object] = {"param": "tools", "code": "unsupported_parameter"}
+        raise ValidationException(error.message, members=members) from None
+    return replace(ask, requests=tuple(requests))
 
 
 def _resolve(context: RequestContext, identifier: str, operation: str) -> runtime.Target:

@@ -15,12 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from outcrop.api import openai_tools
 from outcrop.errors import ApiError
 from outcrop.serve.request import FinishReason, Generation, TokenLogprob
 
 Kind = Literal["chat", "text"]
 
-REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "stop_sequence": "stop"}
+REASONS: dict[FinishReason, str] = {
+    "stop": "stop",
+    "length": "length",
+    "stop_sequence": "stop",
+    "tool_calls": "tool_calls",
+}
 END_OF_STREAM = b"data: [DONE]\n\n"
 CODES = {
     "ResourceNotFoundException": (404, "invalid_request_error", "model_not_found"),
@@ -98,7 +104,7 @@ def whole(reply: Reply, generations: Sequence[Generation], choices_each: int) ->
             "finish_reason": REASONS[generation.finish_reason],
         }
         if reply.kind == "chat":
-            message = {"role": "assistant", "content": generation.text, "refusal": None}
+            message = {"role": "assistant", **openai_tools.message(generation)}
             choices.append({"index": index, "message": message, **end})
         else:
             choices.append({"index": index, "text": generation.text, **end})
@@ -119,6 +125,17 @@ def text_chunk(reply: Reply, index: int, text: str, *, first: bool = False) -> d
         choice = {"index": index, "delta": {"content": text}}
     end = {"logprobs": None, "finish_reason": None}
     return {**reply.head(chunk=True), "choices": [{**choice, **end}]}
+
+
+def calls_chunk(reply: Reply, index: int, generation: Generation) -> dict[str, Any] | None:
+    """Return the chunk with the calls of one choice; None where it has none."""
+    calls = [
+        {"index": place, **call}
+        for place, call in enumerate(openai_tools.answered_calls(generation))
+    ]
+    choice = {"index": index, "delta": {"tool_calls": calls}}
+    end = {"logprobs": None, "finish_reason": None}
+    return {**reply.head(chunk=True), "choices": [{**choice, **end}]} if calls else None
 
 
 def last_chunk(reply: Reply, index: int, generation: Generation) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, NoReturn
 
-from outcrop.data.records import Message
+from outcrop.api.openai_tools import join_messages, parse_calls, parse_tools
+from outcrop.data.records import Message, ToolCall
 from outcrop.errors import ValidationException
 from outcrop.models.catalog import BaseModel
 from outcrop.serve.prompt_formats import NativeRequest
+from outcrop.serve.prompt_formats.native import ToolUse
 from outcrop.serve.prompt_formats.schema import (
     MAX_SHOWN,
     MAX_STOP_SEQUENCE,
@@ -48,6 +49,7 @@ ROLES: Mapping[str, str] = {
     "developer": "system",
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
 }
 ANYTHING = ("user", "safety_identifier", "prompt_cache_key", "metadata")
 """Fields that change no answer: who asks, and what OpenAI files it under."""
@@ -79,7 +81,6 @@ NOTHING_SAID: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 """The same for what may stand in a message."""
 
@@ -122,7 +123,10 @@ def parse_chat(base: BaseModel, body: Mapping[str, Any]) -> Ask:
     sampling = replace(
         _sampling(left), max_tokens=max_tokens, logprobs=logprobs, top_logprobs=top_logprobs
     )
-    return _ask(left, [NativeRequest(messages, sampling)], [""])
+    tools = parse_tools(left)
+    if tools is None and any(message.calls or message.call_id for message in messages):
+        tools = ToolUse((), "none")
+    return _ask(left, [NativeRequest(messages, sampling, tool_use=tools)], [""])
 
 
 def parse_completion(base: BaseModel, body: Mapping[str, Any]) -> Ask:
@@ -224,10 +228,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
     said = [turn for turn in turns if turn.text or turn.role != "system"]
     if all(turn.role == "system" for turn in said):
         _refuse("messages", "must have a message of the user.")
-    return tuple(
-        Message(role, "\n".join(turn.text for turn in group))
-        for role, group in groupby(said, key=lambda turn: turn.role)
-    )
+    return join_messages(said)
 
 
 def _message(item: Any, path: str) -> Message:
@@ -237,13 +238,24 @@ def _message(item: Any, path: str) -> Message:
     role = left.pop("role", None)
     if not isinstance(role, str) or role not in ROLES:
         _refuse(f"{path}.role", f"is {_shown(role)}; supported are {', '.join(map(repr, ROLES))}.")
+    calls: tuple[ToolCall, ...] = ()
+    call_id = None
+    if role == "assistant" and left.get("tool_calls"):
+        calls = parse_calls(left.pop("tool_calls"), f"{path}.tool_calls")
+        left.setdefault("content", "")
+    if left.get("tool_calls") == []:
+        del left["tool_calls"]
+    if role == "tool":
+        call_id = left.pop("tool_call_id", None)
+        if not isinstance(call_id, str):
+            _refuse(f"{path}.tool_call_id", f"must be a string, not {_kind(call_id)}.")
     text = _content(left.pop("content", None), f"{path}.content")
-    if not text and role in ("user", "assistant"):
+    if not text and not calls and role in ("user", "assistant"):
         _refuse(f"{path}.content", "must not be empty.")
     for name, content in left.items():
         if content not in NOTHING_SAID.get(name, ()):
             _refuse(f"{path}.{shorten(name)}", "is not supported by this service.")
-    return Message(ROLES[role], text)
+    return Message(ROLES[role], text, calls, call_id)
 
 
 def _content(value: Any, path: str) -> str:

@@ -18,6 +18,7 @@ import anyio
 import anyio.to_thread
 from sqlalchemy import Connection
 
+from outcrop.api import tools
 from outcrop.api.context import Output, RequestContext
 from outcrop.errors import (
     ApiError,
@@ -82,6 +83,7 @@ async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Outpu
     target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], "InvokeModel")
     refuse_what_is_not_offered(context, params)
     native = parse_body(target.base, params.get("body", b""))
+    native = await tools.checked(context.services.settings, target.weights, native)
     generations = await generate(context, target, native)
     body = format_body(target.base, native, generations)
     return Output(
@@ -99,7 +101,10 @@ async def count(context: RequestContext, target: Target, native: NativeRequest) 
 
     Raises as `generate`.
     """
-    return await _with_server(context, target.weights, lambda client: client.count(native.messages))
+    told = native.tool_use.tools if native.tool_use else ()
+    return await _with_server(
+        context, target.weights, lambda client: client.count(native.messages, told)
+    )
 
 
 def milliseconds(since: float) -> int:
@@ -127,7 +132,7 @@ async def generate(
             async for event in _counted(context, target, client.stream(request), number == 0):
                 last = event
             assert isinstance(last, Generation)
-            found.append(last)
+            found.append(tools.with_calls(native, last))
         return found
 
     return await _with_server(context, target.weights, ask)
@@ -209,7 +214,11 @@ def _generation_request(
     context: RequestContext, target: Target, native: NativeRequest
 ) -> GenerationRequest:
     throughput = target.throughput
+    use = native.tool_use
     return GenerationRequest(
+        tools=use.tools if use else (),
+        start=use.start if use else "",
+        shown=(use.format.marker,) if use and use.format else (),
         messages=native.messages,
         sampling=native.sampling,
         adapter=str(target.artifact) if target.artifact else None,

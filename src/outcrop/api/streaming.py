@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio.to_thread
 
+from outcrop.api import tools
 from outcrop.api.context import Output, RequestContext, StreamEvent, begun
 from outcrop.api.runtime import (
     Target,
@@ -20,7 +21,9 @@ from outcrop.api.runtime import (
     stream,
 )
 from outcrop.serve.prompt_formats import FAMILIES, NativeRequest, Piece, dump, parse_body
+from outcrop.serve.prompt_formats.native import Blocks
 from outcrop.serve.request import Generation
+from outcrop.serve.tool_calls import Found, joined
 
 METRICS = "amazon-bedrock-invocationMetrics"
 """The key that the last chunk has besides its family's own."""
@@ -37,6 +40,7 @@ async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Outpu
     )
     refuse_what_is_not_offered(context, params)
     native = parse_body(target.base, params.get("body", b""), streamed=True)
+    native = await tools.checked(context.services.settings, target.weights, native)
     events = await begun(_chunks(context, target, native, started))
     return Output({"contentType": "application/json", **echoed(params)}, stream=events)
 
@@ -49,13 +53,30 @@ async def pieces(
     Raises as `runtime.stream`.
     """
     length, is_first = 0, True
+    scanner = tools.scanner(native)
+    blocks = Blocks()
+    content: list[Found] = []
     answer = stream(context, target, native, with_prompt=number == 0)
     async with aclosing(answer) as events:
         async for event in events:
             done = event if isinstance(event, Generation) else None
             text = done.text[length:] if done else event.text
             length += len(text)
-            yield Piece(text, event.input_tokens, event.output_tokens, number, is_first, done)
+            parts = blocks.open() if is_first and scanner is None else []
+            if scanner is None:
+                found: list[Found] = [text] if text else []
+            else:
+                found = [*scanner.add(text), *(scanner.finish() if done else [])]
+                content += found
+                text = "".join(item for item in found if isinstance(item, str))
+            parts += blocks.add(found)
+            if done is not None:
+                parts += blocks.finish()
+                done = done if scanner is None else tools.with_content(done, joined(content))
+            yield Piece(
+                *(text, event.input_tokens, event.output_tokens, number, is_first, done),
+                blocks=tuple(parts),
+            )
             is_first = False
 
 

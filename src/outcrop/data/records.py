@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 BETWEEN_BLOCKS = "\n\n"
 """What stands between the content blocks of one turn, in training and in serving."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that a model may ask for."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of the object that it takes."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A model asks for a tool."""
+
+    id: str
+    """By which the result is told apart."""
+    name: str
+    arguments: Mapping[str, Any]
+    """A JSON object."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +36,13 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    """"system", "user" or "assistant"."""
+    """"system", "user" or "assistant"; "tool" where it is the result of a call, which only prompts
+    with tools have."""
     text: str
+    calls: tuple[ToolCall, ...] = ()
+    """What an assistant asks for after its text."""
+    call_id: str | None = None
+    """Of a result: the id of the call that it belongs to."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ own accord is left out: a plain prompt is one user turn and nothing else. White 
 point where the model begins to write and a completion is left out, and so is white space between
 the completion and the token that ends it: a completion is exactly what the model shall write.
 
+A prompt with tools is put together in `tool_prompts.py`. Training data have none.
+
 Source: Hugging Face's "Chat templates" page for the template's variables and environment.
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +33,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from outcrop.data.records import Example, Message
+from outcrop.data.records import Example, Message, Tool
+from outcrop.data.tool_prompts import render_tool_prompt, spelt_in_json
 from outcrop.errors import DataError, ModelError
 from outcrop.models.tokenizer import Tokenizer
 
@@ -102,14 +105,21 @@ class Renderer:
         self.end_token_ids = self._find_end_token_ids()
         """Ids at which an answer is over: the template's own first, then the folder's others."""
 
-    def render_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def render_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), start: str = ""
+    ) -> list[int]:
         """Return what a model is given so that it writes the next answer.
 
         Where the last message is the assistant's, the model goes on with that answer.
 
+        Args:
+            tools: what it may call.
+            start: with tools, what the answer begins with, as the template would write it.
         Raises:
             DataError: the template refuses these roles in this order, or a text is not encodable.
         """
+        if tools or any(message.calls or message.call_id for message in messages):
+            return render_tool_prompt(self._render_tools, self.tokenizer, messages, tools, start)
         ids: list[int] = []
         for piece in self._layout(messages, complete=False):
             ids.extend(self._encode(piece, messages))
@@ -246,14 +256,7 @@ class Renderer:
     def _render_raw(self, roles: tuple[str, ...], *, opened: bool = False) -> str:
         messages = [{"role": role, "content": _mark(index)} for index, role in enumerate(roles)]
         try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=opened,
-                adds_bos=self.tokenizer.adds_bos,
-                tools=None,
-                documents=None,
-                **{"bos_token": "", "eos_token": "", **self.tokenizer.named_tokens},
-            )
+            return self._write(messages, None, opened)
         except jinja2.TemplateError as error:
             raise _refused(
                 f"The model's chat template refuses the roles {', '.join(roles)}: {error}"
@@ -262,6 +265,35 @@ class Renderer:
             raise ModelError(
                 f"The chat template of {self._folder} fails: {type(error).__name__}: {error}"
             ) from error
+
+    def _render_tools(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        opened: bool,
+    ) -> str:
+        try:
+            return self._write(messages, tools or None, opened)
+        except Exception as error:  # what it fails on is what its user said of the tools
+            raise _refused(
+                "The model's chat template refuses these messages and tools: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        opened: bool,
+    ) -> str:
+        return self._template.render(
+            messages=messages,
+            add_generation_prompt=opened,
+            adds_bos=self.tokenizer.adds_bos,
+            tools=tools,
+            documents=None,
+            **{"bos_token": "", "eos_token": "", **self.tokenizer.named_tokens},
+        )
 
     def _find_added_start(self) -> tuple[str, str]:
         """Return (what the template begins a plain prompt with, what of it is to be kept).
@@ -343,7 +375,7 @@ def _compile(source: str, folder: Path) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+        return spelt_in_json(json.dumps(value, ensure_ascii=ensure_ascii, indent=indent))
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import tokenizers
 
 from outcrop.errors import ModelError
 from outcrop.models.files import read_json
+from outcrop.models.templates import chat_template
 
 REPLACEMENT = "�"
 """What an unfinished or invalid UTF-8 sequence is decoded to."""
@@ -66,13 +67,17 @@ class Tokenizer:
             str(token["content"]) for token in added if token.get("special")
         )
         """The spellings of those tokens, as a chat template writes them."""
+        self.added_tokens: tuple[str, ...] = tuple(
+            str(token["content"]) for token in added if token["content"].strip()
+        )
+        """The spellings of all that are tokens of their own wherever a template writes them."""
         self.named_tokens = _named_tokens(self._config)
         """Spellings by role: "bos_token", "eos_token", ..., as templates refer to them."""
         self.bos_token_id = self._named_id("bos_token")
         """Id of the token that begins a text; None where the model has none."""
         self.eos_token_id = self._named_id("eos_token")
         """Id of the token that ends an answer; None where the model has none."""
-        self.chat_template = _chat_template(folder, self._config)
+        self.chat_template = chat_template(folder, self._config)
         """The Jinja source that turns messages into text; None where the folder has none."""
         self.adds_bos = bool(self._config.get("add_bos_token")) and self.bos_token_id is not None
         """Whether the model was trained with a beginning token that no template writes."""
@@ -117,6 +122,10 @@ class Tokenizer:
         found = self._scaffold.token_to_id(token)
         return None if found is None else int(found)
 
+    def spelling(self, token: int) -> str:
+        """Return how the vocabulary writes a token; "" for an id that it does not have."""
+        return self._scaffold.id_to_token(token) or ""
+
     def _check_same_ids(self, folder: Path, added: list[dict[str, Any]]) -> None:
         """Make sure that the two tokenizers mean the same tokens by the same numbers."""
         for token in added:
@@ -153,8 +162,13 @@ class IncrementalDecoder:
     all ids at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Collection[int] = ()) -> None:
+        """
+        Args:
+            shown: ids of control tokens that are spelt out; all others are left out.
+        """
         self._tokenizer = tokenizer
+        self._shown = frozenset(shown)
         # Some tokenizers drop the space before the first word of what they decode, so the ids of
         # the piece before are decoded along and its text is taken off again.
         self._before: list[int] = []
@@ -162,6 +176,17 @@ class IncrementalDecoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """Take in more ids and return the text that is certain by now, perhaps ""."""
+        if not self._shown:
+            return self._push(ids)
+        pieces = []
+        for token in ids:
+            if token in self._shown:
+                pieces += [self.finish(), self._tokenizer.spelling(token)]
+            else:
+                pieces.append(self._push([token]))
+        return "".join(pieces)
+
+    def _push(self, ids: Iterable[int]) -> str:
         self._held.extend(token for token in ids if token not in self._tokenizer.special_token_ids)
         text = self._text(self._held)
         if not text.endswith(REPLACEMENT):
@@ -227,13 +252,3 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
         if isinstance(token, str):
             named[role] = token
     return named
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {item["name"]: item["template"] for item in template}.get("default")
-    return template if isinstance(template, str) else None

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import httpx
 
-from outcrop.data.records import Message
+from outcrop.data.records import Message, Tool
 from outcrop.errors import ApiError, ModelErrorException, ServingError
 from outcrop.serve.request import (
     Generation,
@@ -72,9 +72,10 @@ class ModelClient:
         if not done:
             raise _cut_off()
 
-    async def count(self, messages: Sequence[Message]) -> int:
+    async def count(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Return how many tokens the prompt has. Raises as `stream`."""
-        async with self._open("/count", messages_to_json(tuple(messages))) as response:
+        body = messages_to_json(tuple(messages), tuple(tools))
+        async with self._open("/count", body) as response:
             text = b"".join([chunk async for chunk in response.aiter_bytes()])
         if response.is_error:
             error = event_from_json(text)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from outcrop.data.records import Message
+from outcrop.data.records import Message, Tool
 from outcrop.data.render import Renderer
 from outcrop.errors import (
     ApiError,
@@ -124,7 +124,8 @@ class BatchEngine:
             self._check(request)
         if request.prompt is None:
             prompt_ids, max_tokens = fit_prompt(
-                self.renderer, request.messages, sampling, self.max_context
+                *(self.renderer, request.messages, sampling, self.max_context),
+                *(request.tools, request.start),
             )
         else:
             prompt_ids, max_tokens = check_prompt(
@@ -140,7 +141,8 @@ class BatchEngine:
                 f"{self._backend.vocabulary}."
             )
         sequence = TokenSequence(
-            prompt_ids, sampling, max_tokens, self.renderer.end_token_ids, self.renderer.tokenizer
+            *(prompt_ids, sampling, max_tokens, self.renderer.end_token_ids),
+            *(self.renderer.tokenizer, request.shown),
         )
         with self._lock:
             self._check(request)
@@ -158,9 +160,9 @@ class BatchEngine:
             if task := self._tasks.get(number):
                 task.cancelled = True
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """See `Engine.count_tokens`."""
-        return len(render_prompt(self.renderer, messages, self.max_context))
+        return len(render_prompt(self.renderer, messages, self.max_context, tools))
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""

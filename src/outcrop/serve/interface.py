@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from outcrop.data.records import Message
+from outcrop.data.records import Message, Tool
 from outcrop.serve.histogram import Counts
 from outcrop.serve.request import Event, GenerationRequest
 
@@ -80,7 +80,7 @@ class Engine(Protocol):
     def cancel(self, number: int) -> None:
         """Give up a request before its next token; one that has ended is left alone."""
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Return how many tokens the prompt has.
 
         Raises:

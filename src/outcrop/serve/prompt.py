@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from outcrop.data.records import Message
+from outcrop.data.records import Message, Tool
 from outcrop.data.render import Renderer
 from outcrop.errors import DataError, ValidationException
 from outcrop.serve.request import SamplingParams
 
 
-def render_prompt(renderer: Renderer, messages: Sequence[Message], max_context: int) -> list[int]:
+def render_prompt(
+    renderer: Renderer,
+    messages: Sequence[Message],
+    max_context: int,
+    tools: Sequence[Tool] = (),
+    start: str = "",
+) -> list[int]:
     """Return the prompt's tokens.
 
+    Args:
+        tools: what the model may call.
+        start: with tools, what the answer begins with.
     Raises:
         ValidationException: the messages are in an order the model's template does not know, or
             are longer than any text of `max_context` tokens: what can never fit is not encoded,
@@ -21,6 +31,7 @@ def render_prompt(renderer: Renderer, messages: Sequence[Message], max_context: 
     """
     most = max_context * renderer.tokenizer.longest_token
     num_characters = sum(len(message.text) for message in messages)
+    num_characters += sum(len(json.dumps(vars(tool), ensure_ascii=False)) for tool in tools)
     if num_characters > most:
         raise ValidationException(
             f"The prompt has {num_characters:,} characters, and the model's context holds "
@@ -28,23 +39,33 @@ def render_prompt(renderer: Renderer, messages: Sequence[Message], max_context: 
             "prompt."
         )
     try:
-        return renderer.render_prompt(messages)
+        return renderer.render_prompt(messages, tools, start)
     except DataError as error:
         raise ValidationException(error.message) from error
 
 
 def fit_prompt(
-    renderer: Renderer, messages: Sequence[Message], sampling: SamplingParams, max_context: int
+    renderer: Renderer,
+    messages: Sequence[Message],
+    sampling: SamplingParams,
+    max_context: int,
+    tools: Sequence[Tool] = (),
+    start: str = "",
 ) -> tuple[list[int], int]:
     """Return the prompt's tokens and how many may be drawn after it.
 
+    Args:
+        tools: what the model may call; a prompt with tools is never cut.
+        start: with tools, what the answer begins with.
     Raises:
         ValidationException: they do not fit into `max_context` together; names both numbers.
     """
     wanted = sampling.max_tokens
+    if tools or any(message.calls for message in messages):
+        sampling = replace(sampling, truncate="none")
     if wanted is not None and sampling.truncate != "none":
         messages = _shorten(renderer, messages, sampling, max_context)
-    ids = render_prompt(renderer, messages, max_context)
+    ids = render_prompt(renderer, messages, max_context, tools, start)
     if wanted is None:
         if len(ids) >= max_context:
             raise ValidationException(

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from outcrop import errors
-from outcrop.data.records import Message
+from outcrop.data.records import Message, Tool, ToolCall
 from outcrop.errors import ApiError
 
-FinishReason = Literal["stop", "length", "stop_sequence"]
+FinishReason = Literal["stop", "length", "stop_sequence", "tool_calls"]
 Truncate = Literal["none", "start", "end"]
 
 
@@ -74,6 +74,12 @@ class GenerationRequest:
     prompt: str | tuple[int, ...] | None = None
     """What the model goes on with as it stands, as text or as tokens, instead of messages."""
     owner: Owner = field(default_factory=Owner)
+    tools: tuple[Tool, ...] = ()
+    """What the model may call; its template must know of tools."""
+    start: str = ""
+    """With tools, what the answer begins with; it is no part of the answer's text."""
+    shown: tuple[str, ...] = ()
+    """Control tokens that the answer's text shows; all others are left out of it."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,15 @@ class Generation:
     output_tokens: int
     """Tokens drawn: the end token and those of a stop sequence count too."""
     finish_reason: FinishReason
-    """The model's own end token, `max_tokens` or the context reached, or a stop sequence."""
+    """The model's own end token, `max_tokens` or the context reached, or a stop sequence. That it
+    ended by itself after calls of tools is the gateway's to say."""
     stop_sequence: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     """None unless they were asked for; of all tokens drawn but the end token."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """None unless they were asked for; of all tokens of the prompt."""
+    content: tuple[str | ToolCall, ...] = ()
+    """Texts and calls that the gateway finds in it, where it was asked with tools."""
 
 
 _LOGPROBS = ("logprobs", "prompt_logprobs")
@@ -132,6 +141,9 @@ def request_to_json(request: GenerationRequest) -> bytes:
             "timeout_seconds": request.timeout_seconds,
             "prompt": request.prompt,
             "owner": vars(request.owner),
+            "tools": [vars(tool) for tool in request.tools],
+            "start": request.start,
+            "shown": request.shown,
         }
     )
 
@@ -152,17 +164,21 @@ def request_from_json(body: bytes) -> GenerationRequest:
         timeout_seconds=value["timeout_seconds"],
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
         owner=Owner(**value.get("owner", {})),
+        tools=_read_tools(value["tools"]),
+        start=value["start"],
+        shown=tuple(value["shown"]),
     )
 
 
-def messages_to_json(messages: tuple[Message, ...]) -> bytes:
-    """Return the messages as one JSON object."""
-    return _encode({"messages": _messages(messages)})
+def messages_to_json(messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> bytes:
+    """Return the messages, and the tools, as one JSON object."""
+    return _encode({"messages": _messages(messages), "tools": [vars(tool) for tool in tools]})
 
 
-def messages_from_json(body: bytes) -> tuple[Message, ...]:
+def messages_from_json(body: bytes) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
     """Read what `messages_to_json` wrote; raises as `request_from_json` does."""
-    return _read_messages(json.loads(body)["messages"])
+    value = json.loads(body)
+    return _read_messages(value["messages"]), _read_tools(value["tools"])
 
 
 def event_to_json(event: Event) -> bytes:
@@ -171,6 +187,7 @@ def event_to_json(event: Event) -> bytes:
         value: dict[str, Any] = {"event": "token", **vars(event)}
     elif isinstance(event, Generation):
         value = {"event": "done", **vars(event)}
+        del value["content"]  # that is found by who reads it
         for name in _LOGPROBS:
             if (tokens := value[name]) is not None:
                 value[name] = [[token.text, token.logprob, token.top] for token in tokens]
@@ -220,12 +237,22 @@ def _read_error(value: Mapping[str, Any]) -> ApiError:
     )
 
 
-def _messages(messages: tuple[Message, ...]) -> list[list[str]]:
-    return [[message.role, message.text] for message in messages]
+def _messages(messages: tuple[Message, ...]) -> list[list[Any]]:
+    return [
+        [message.role, message.text, [vars(call) for call in message.calls], message.call_id]
+        for message in messages
+    ]
 
 
 def _read_messages(value: Any) -> tuple[Message, ...]:
-    return tuple(Message(role, text) for role, text in value)
+    return tuple(
+        Message(role, text, tuple(ToolCall(**call) for call in calls), call_id)
+        for role, text, calls, call_id in value
+    )
+
+
+def _read_tools(value: Any) -> tuple[Tool, ...]:
+    return tuple(Tool(**tool) for tool in value)
 
 
 def _encode(value: dict[str, Any]) -> bytes:

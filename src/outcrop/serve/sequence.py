@@ -28,7 +28,12 @@ class TokenSequence:
         max_tokens: int,
         end_token_ids: Sequence[int],
         tokenizer: Tokenizer,
+        shown: Sequence[str] = (),
     ) -> None:
+        """
+        Args:
+            shown: control tokens that the text shows.
+        """
         self.input_tokens = len(prompt_ids)
         self.max_tokens = max_tokens
         self.ids = list(prompt_ids)
@@ -40,7 +45,8 @@ class TokenSequence:
         self._generator = new_generator(sampling.seed)
         self._draw: Draw | None = None
         self._tokenizer = tokenizer
-        self._decoder = IncrementalDecoder(tokenizer)
+        ids = [tokenizer.token_id(token) for token in shown if token in tokenizer.special_tokens]
+        self._decoder = IncrementalDecoder(tokenizer, [id for id in ids if id is not None])
         self._scanner = StopScanner(sampling.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []

@@ -152,10 +152,9 @@ def make_app(engine: Engine, weights_key: str, *, timeout_seconds: float) -> Sta
         return _EventResponse(events, lambda: engine.cancel(number))
 
     async def count(request: Request) -> Response:
-        messages = _read(messages_from_json, await request.body())
-        return JSONResponse(
-            {"input_tokens": await anyio.to_thread.run_sync(engine.count_tokens, messages)}
-        )
+        messages, tools = _read(messages_from_json, await request.body())
+        number = await anyio.to_thread.run_sync(engine.count_tokens, messages, tools)
+        return JSONResponse({"input_tokens": number})
 
     async def stats(request: Request) -> Response:
         return JSONResponse(

@@ -18,7 +18,7 @@ from botocore.config import Config
 from sqlalchemy import Engine
 
 from outcrop.api.app import create_app, listen
-from outcrop.data.records import Message
+from outcrop.data.records import Message, Tool
 from outcrop.errors import ApiError
 from outcrop.identity import accounts
 from outcrop.identity.bootstrap import bootstrap
@@ -59,6 +59,7 @@ class ScriptedModelServer:
         """A prompt, and how it is refused, once another request has its whole answer."""
         self.requests: list[GenerationRequest] = []
         self.counted: list[tuple[Message, ...]] = []
+        self.counted_tools: list[tuple[Tool, ...]] = []
         self.was_left = threading.Event()
         """A client went away from an answer that was not over."""
         self._loop = asyncio.new_event_loop()
@@ -96,7 +97,9 @@ class ScriptedModelServer:
             length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
             body = await reader.readexactly(length)
             if head.startswith("post /count "):
-                self.counted.append(messages_from_json(body))
+                messages, tools = messages_from_json(body)
+                self.counted.append(messages)
+                self.counted_tools.append(tools)
                 _reply(writer, 200, json.dumps({"input_tokens": 7}).encode())
             else:
                 request = request_from_json(body)

@@ -222,15 +222,11 @@ def test_turns_in_no_order_and_empty_ones_are_refused_in_bedrocks_words(
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        *(
-            (name, f"This model doesn't support the {name} content block that you provided.")
-            for name in (
-                *("image", "document", "video", "audio", "guardContent", "reasoningContent"),
-                *("citationsContent", "searchResult", "toolAddition"),
-            )
-        ),
-        ("toolUse", "This model doesn't support tool use."),
-        ("toolResult", "This model doesn't support tool use."),
+        (name, f"This model doesn't support the {name} content block that you provided.")
+        for name in (
+            *("image", "document", "video", "audio", "guardContent", "reasoningContent"),
+            *("citationsContent", "searchResult", "toolAddition"),
+        )
     ],
 )
 def test_content_that_is_no_text_is_refused_by_name_and_place(name: str, named: str) -> None:

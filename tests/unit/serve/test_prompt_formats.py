@@ -346,7 +346,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
-        ("claude", {"tools": []}, "tools"),
+        ("claude", {"tools": [{}]}, "#/tools/0: required key [name] not found"),
         ("claude", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "type text"),
         ("claude", {"messages": [{"role": "assistant", "content": "Hi"}]}, "first message"),
         ("claude", {"messages": [{"role": "user", "content": ""}]}, "must not be empty"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outcrop import errors
-from outcrop.data.records import Message
+from outcrop.data.records import Message, Tool, ToolCall
 from outcrop.errors import ApiError
 from outcrop.serve.request import (
     Event,
@@ -27,8 +27,12 @@ from outcrop.serve.request import (
     request_to_json,
 )
 
+GIVEN = st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text(), max_size=3)
+CALLS = st.lists(st.builds(ToolCall, st.text(), st.text(), GIVEN), max_size=2).map(tuple)
+TOOLS = st.lists(st.builds(Tool, st.text(), st.text(), GIVEN), max_size=2).map(tuple)
+ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
 MESSAGES = st.lists(
-    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), st.text()), min_size=1
+    st.builds(Message, ROLES, st.text(), CALLS, st.none() | st.text()), min_size=1
 ).map(tuple)
 NUMBERS = st.floats(0, 5, allow_nan=False)
 SAMPLING = st.builds(
@@ -53,6 +57,9 @@ REQUESTS = st.builds(
     timeout_seconds=st.none() | NUMBERS,
     prompt=st.none() | st.text() | st.lists(st.integers(0)).map(tuple),
     owner=st.builds(Owner, st.text(), st.text(), st.none() | st.text(), st.integers(0)),
+    tools=TOOLS,
+    start=st.text(),
+    shown=st.lists(st.text()).map(tuple),
 )
 TOP = st.lists(st.tuples(st.text(), st.floats(-20, 0)), max_size=3).map(tuple)
 LOGPROBS = st.lists(
@@ -78,9 +85,11 @@ def test_a_request_crosses_unchanged(request: GenerationRequest) -> None:
     assert request_from_json(request_to_json(request)) == request
 
 
-@given(MESSAGES)
-def test_messages_cross_unchanged(messages: tuple[Message, ...]) -> None:
-    assert messages_from_json(messages_to_json(messages)) == messages
+@given(MESSAGES, TOOLS)
+def test_messages_and_tools_cross_unchanged(
+    messages: tuple[Message, ...], tools: tuple[Tool, ...]
+) -> None:
+    assert messages_from_json(messages_to_json(messages, tools)) == (messages, tools)
 
 
 @given(EVENTS)

@@ -74,7 +74,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "claude": Family(
         *(claude.parse, claude.format, claude.chunks, claude.sampling, claude.FIELDS),
-        prompt_keys=("messages", "system"),
+        prompt_keys=("messages", "system", "tools", "tool_choice"),
         inference={
             "maxTokens": ("max_tokens",),
             "temperature": ("temperature",),
@@ -94,7 +94,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "nova": Family(
         *(nova.parse, nova.format, nova.chunks, nova.sampling, nova.FIELDS),
-        prompt_keys=("messages", "system", "schemaVersion"),
+        prompt_keys=("messages", "system", "schemaVersion", "toolConfig"),
         inference={
             "maxTokens": ("inferenceConfig", "maxTokens"),
             "temperature": ("inferenceConfig", "temperature"),

@@ -22,6 +22,7 @@ REASONS: dict[FinishReason, str] = {
     "stop": "COMPLETE",
     "length": "MAX_TOKENS",
     "stop_sequence": "COMPLETE",
+    "tool_calls": "COMPLETE",
 }
 TRUNCATE: dict[str, Truncate] = {"NONE": "none", "START": "start", "END": "end"}
 FIELDS: Fields = {

@@ -4,7 +4,7 @@ What `inferenceConfig` and `additionalModelRequestFields` say is put where the f
 and checked by the family's own fields, so that ranges and defaults are those of InvokeModel. Three
 things differ: an answer whose length is not bounded ends where the model's context does, a
 conversation that is too long is refused, not cut, unless its `truncate` says so, and stop sequences
-work with every family. Only text is read; other content is refused by name.
+work with every family. Text and tools are read; other content is refused by name.
 
 Source: API reference, "Converse"; the texts of the refusals are those of the live service.
 """
@@ -22,12 +22,20 @@ from outcrop.errors import ValidationException
 from outcrop.models.catalog import BaseModel
 from outcrop.serve.prompt_formats import FAMILIES, Family, NativeRequest
 from outcrop.serve.prompt_formats.schema import MAX_STOP_SEQUENCES, Field, Fields, check
+from outcrop.serve.prompt_formats.tools import (
+    Turn,
+    converse_turn,
+    speaks_of_tools,
+    tool_config,
+    tool_messages,
+)
 from outcrop.serve.request import FinishReason, Generation
 
 REASONS: dict[FinishReason, str] = {
     "stop": "end_turn",
     "length": "max_tokens",
     "stop_sequence": "stop_sequence",
+    "tool_calls": "tool_use",
 }
 STOP: Fields = {"stopSequences": Field("strings", (), maximum=MAX_STOP_SEQUENCES)}
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")
@@ -39,8 +47,8 @@ def parse_converse(base: BaseModel, params: Mapping[str, Any]) -> NativeRequest:
     """Read the members of a Converse request that say what to answer and how.
 
     Args:
-        params: `messages`, `system`, `inferenceConfig` and `additionalModelRequestFields`, as the
-            service model has them; all may be absent.
+        params: `messages`, `system`, `inferenceConfig`, `toolConfig` and
+            `additionalModelRequestFields`, as the service model has them; all may be absent.
     Raises:
         ValidationException: the turns are in no order, a block is empty or no text, or a parameter
             is unknown or out of its range; the message names which.
@@ -51,7 +59,19 @@ def parse_converse(base: BaseModel, params: Mapping[str, Any]) -> NativeRequest:
         if IGNORED not in block
     )
     head = (Message("system", system),) if system else ()
-    messages = (*head, *_turns(params.get("messages") or ()))
+    spoken = params.get("messages") or ()
+    config = params.get("toolConfig")
+    tools = tool_config(config, "toolConfig") if config else None
+    if tools is None and not speaks_of_tools(spoken):
+        messages = (*head, *_turns(spoken))
+    else:
+        turns = _tool_turns(spoken)
+        if tools is None:
+            raise ValidationException(
+                "The toolConfig field must be defined when using toolUse and toolResult content "
+                "blocks."
+            )
+        messages = tool_messages(turns, system, "messages")
 
     family = FAMILIES[base.body_family]
     config = params.get("inferenceConfig") or {}
@@ -63,7 +83,7 @@ def parse_converse(base: BaseModel, params: Mapping[str, Any]) -> NativeRequest:
     if "stopSequences" not in family.inference:
         stop = _check({"stopSequences": list(config.get("stopSequences") or ())}, STOP)
         sampling = replace(sampling, stop=tuple(stop["stopSequences"]))
-    return NativeRequest(messages, sampling)
+    return NativeRequest(messages, sampling, tool_use=tools)
 
 
 def response_fields(
@@ -112,11 +132,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     turns = []
     for place, message in enumerate(messages):
         where = f"messages.{place}"
-        if message["role"] == "system":
-            raise ValidationException(
-                f"This model doesn't support the role system at {where}. Put the text into the "
-                "system field and try again."
-            )
+        _refuse_system(message, where)
         blocks = message["content"]
         texts = [
             _text(block, f"{where}.content.{number}", "ContentBlock")
@@ -124,11 +140,48 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             if IGNORED not in block
         ]
         if not texts:
-            raise ValidationException(
-                f"The content field in the Message object at {where} is empty. Add a ContentBlock "
-                "object to the content field and try again."
-            )
+            _refuse_empty(where)
         turns.append(Message(message["role"], BETWEEN_BLOCKS.join(texts)))
+    _check_order(turns)
+    return turns
+
+
+def _tool_turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """Read turns of a conversation with tools."""
+    turns = []
+    for place, message in enumerate(messages):
+        where = f"messages.{place}"
+        _refuse_system(message, where)
+        blocks = [block for block in message["content"] if IGNORED not in block]
+        if not blocks:
+            _refuse_empty(where)
+        turns.append(
+            converse_turn(
+                {"role": message["role"], "content": blocks},
+                f"{where}.content",
+                lambda block, here: _text(block, here, "ContentBlock"),
+            )
+        )
+    _check_order(turns)
+    return turns
+
+
+def _refuse_system(message: Mapping[str, Any], where: str) -> None:
+    if message["role"] == "system":
+        raise ValidationException(
+            f"This model doesn't support the role system at {where}. Put the text into the "
+            "system field and try again."
+        )
+
+
+def _refuse_empty(where: str) -> NoReturn:
+    raise ValidationException(
+        f"The content field in the Message object at {where} is empty. Add a ContentBlock "
+        "object to the content field and try again."
+    )
+
+
+def _check_order(turns: Sequence[Message | Turn]) -> None:
     if not turns or turns[0].role != "user":
         raise ValidationException(
             "A conversation must start with a user message. Try again with a conversation that "
@@ -140,13 +193,10 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
                 "A conversation must alternate between user and assistant roles. Make sure the "
                 "conversation alternates between user and assistant roles and try again."
             )
-    return turns
 
 
 def _text(block: Mapping[str, Any], where: str, kind: str) -> str:
     for name in block:
-        if name in ("toolUse", "toolResult"):
-            raise ValidationException(f"This model doesn't support tool use. It is at {where}.")
         if name != "text":
             raise ValidationException(
                 f"This model doesn't support the {name} content block that you provided. Update "

@@ -13,7 +13,12 @@ from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import Field, Fields, check, check_max_tokens
 from outcrop.serve.request import FinishReason, Generation, SamplingParams
 
-REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "stop_sequence": "stop"}
+REASONS: dict[FinishReason, str] = {
+    "stop": "stop",
+    "length": "length",
+    "stop_sequence": "stop",
+    "tool_calls": "stop",
+}
 FIELDS: Fields = {
     "prompt": Field("string", required=True, minimum=1),
     "temperature": Field("number", 0.5, minimum=0, maximum=1),

@@ -1,6 +1,6 @@
-"""Amazon Nova: `{"messages": [...], "system": [...], "inferenceConfig": {...}}`, text only.
+"""Amazon Nova: `{"messages": [...], "system": [...], "inferenceConfig": {...}}`, text and tools.
 
-Images, videos, documents and tools are refused by name.
+Images, videos and documents are refused by name.
 
 Source: Nova user guide, "Complete request schema".
 """
@@ -11,13 +11,22 @@ from typing import Any
 
 from outcrop.data.records import BETWEEN_BLOCKS, Message
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats.native import NativeRequest, Piece
+from outcrop.serve.prompt_formats.native import NativeRequest, Piece, ToolUse
 from outcrop.serve.prompt_formats.schema import (
     MAX_STOP_SEQUENCES,
     Field,
     Fields,
     check,
     check_max_tokens,
+)
+from outcrop.serve.prompt_formats.tools import (
+    converse_block_events,
+    converse_content,
+    converse_turn,
+    join_tool_turns,
+    speaks_of_tools,
+    tool_config,
+    tool_messages,
 )
 from outcrop.serve.prompt_formats.turns import join_turns, text_of
 from outcrop.serve.request import FinishReason, Generation, SamplingParams
@@ -26,6 +35,7 @@ REASONS: dict[FinishReason, str] = {
     "stop": "end_turn",
     "length": "max_tokens",
     "stop_sequence": "stop_sequence",
+    "tool_calls": "tool_use",
 }
 FIELDS: Fields = {
     "schemaVersion": Field("string", "messages-v1", enum=("messages-v1",)),
@@ -50,18 +60,31 @@ FIELDS: Fields = {
             "stopSequences": Field("strings", (), maximum=MAX_STOP_SEQUENCES),
         },
     ),
+    "toolConfig": Field("object"),
 }
 
 
 def parse(base: BaseModel, value: dict[str, Any], max_tokens: int) -> NativeRequest:
     """Read a body."""
     body = check(value, FIELDS)
-    turns = [
+    system = _text(body["system"], "#/system")
+    how = sampling(base, body, max_tokens)
+    config = body["toolConfig"]
+    tools = None if config is None else tool_config(config, "toolConfig")
+    if tools is not None or speaks_of_tools(body["messages"]):
+        turns = join_tool_turns(
+            [
+                converse_turn(turn, f"#/messages/{place}/content", text_of)
+                for place, turn in enumerate(body["messages"])
+            ]
+        )
+        messages = tool_messages(turns, system, "#/messages")
+        return NativeRequest(messages, how, tool_use=tools or ToolUse((), "none"))
+    plain = [
         Message(turn["role"], _text(turn["content"], f"#/messages/{place}/content"))
         for place, turn in enumerate(body["messages"])
     ]
-    messages = join_turns(turns, _text(body["system"], "#/system"))
-    return NativeRequest(messages, sampling(base, body, max_tokens))
+    return NativeRequest(join_turns(plain, system), how)
 
 
 def sampling(base: BaseModel, body: dict[str, Any], max_tokens: int) -> SamplingParams:
@@ -84,7 +107,7 @@ def format(base: BaseModel, request: NativeRequest, generations: list[Generation
     """Return the answer's body."""
     generation = generations[0]
     return {
-        "output": {"message": {"role": "assistant", "content": [{"text": generation.text}]}},
+        "output": {"message": {"role": "assistant", "content": converse_content(generation)}},
         "stopReason": REASONS[generation.finish_reason],
         "usage": _usage(generation),
     }
@@ -95,11 +118,8 @@ def chunks(base: BaseModel, request: NativeRequest, piece: Piece) -> list[dict[s
     found: list[dict[str, Any]] = []
     if piece.is_first:
         found.append({"messageStart": {"role": "assistant"}})
-    if piece.text:
-        delta = {"text": piece.text}
-        found.append({"contentBlockDelta": {"delta": delta, "contentBlockIndex": 0}})
+    found += [{name: value} for name, value in converse_block_events(piece.blocks)]
     if piece.done is not None:
-        found.append({"contentBlockStop": {"contentBlockIndex": 0}})
         found.append({"messageStop": {"stopReason": REASONS[piece.done.finish_reason]}})
         found.append({"metadata": {"usage": _usage(piece.done), "metrics": {}, "trace": {}}})
     return found

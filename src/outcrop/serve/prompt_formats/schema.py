@@ -69,14 +69,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def check(value: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+def check(value: Mapping[str, Any], fields: Fields, path: str = "#") -> dict[str, Any]:
     """Return the value with defaults for what is absent.
 
+    Args:
+        path: where the value is, for the error.
     Raises:
         ValidationException: one or more keys are missing, unknown, of a wrong type or out of range.
     """
     violations: list[str] = []
-    checked = _object(value, fields, "#", violations)
+    checked = _object(value, fields, path, violations)
     if len(violations) == 1:
         refuse(violations[0])
     if violations:

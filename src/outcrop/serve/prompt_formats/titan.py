@@ -24,6 +24,7 @@ REASONS: dict[FinishReason, str] = {
     "stop": "FINISH",
     "length": "LENGTH",
     "stop_sequence": "STOP_CRITERIA_MET",
+    "tool_calls": "FINISH",
 }
 FIELDS: Fields = {
     "inputText": Field("string", required=True, minimum=1),
