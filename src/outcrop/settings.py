@@ -115,6 +115,21 @@ class Settings:
         "interruption. Writing them takes a hundredth of its time at most.",
         30,
     )
+    serve_engine: str = _setting(
+        "What answers: own is our engine; vllm needs the package vllm (`outcrop[vllm]`); auto "
+        "takes vllm where it and a GPU are there.",
+        "auto",
+        form=(r"auto|own|vllm", "auto, own or vllm"),
+    )
+    vllm_max_rank: int = _setting(
+        "Greatest rank of an adapter that vLLM holds, up to 512; wider ones are answered by our "
+        "own engine. Each doubling doubles what an adapter's place takes of the GPU.",
+        64,
+    )
+    vllm_memory_percent: int = _setting(
+        "How much of the GPU's memory vLLM may fill, in percent, other programs' share included.",
+        90,
+    )
     serve_threads: int = _setting(
         "Threads of one model server; 0 means its share of the cores.", 0, minimum=0
     )
@@ -311,6 +326,9 @@ def _check(settings: Settings) -> None:
             raise SettingsError(f"{item.name} must be at least {minimum}, not {value}.")
         if form is not None and not re.fullmatch(form[0], value):
             raise SettingsError(f"{item.name} must be {form[1]}, not {value!r}.")
+    for name, most in (("vllm_max_rank", 512), ("vllm_memory_percent", 100)):
+        if getattr(settings, name) > most:
+            raise SettingsError(f"{name} is {getattr(settings, name)}; {most} is the most.")
     if settings.s3_endpoint_url and not (
         settings.s3_access_key_id and settings.s3_secret_access_key
     ):

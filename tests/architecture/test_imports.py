@@ -40,6 +40,7 @@ MAY_LOAD_TORCH = (
     "serve/sampler.py",
     "serve/sequence.py",
     "serve/task.py",
+    "serve/vllm.py",
 )
 """The rooms and modules that compute."""
 MUST_NOT = {

@@ -116,6 +116,7 @@ BROAD = {
     "serve/engine.py": "one request fails as ModelErrorException, the others go on",
     "serve/plain.py": "one part of a pass fails, the others go on",
     "serve/rate.py": "a rate that cannot be measured is assumed, and requests are answered",
+    "serve/vllm.py": "as serve/engine.py",
 }
 """Modules that may catch every exception and go on, each with its reason."""
 

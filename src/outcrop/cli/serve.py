@@ -27,6 +27,7 @@ from outcrop.objects import embedded
 from outcrop.processes.address import GATEWAY, clear_address, write_address
 from outcrop.processes.spawn import READY_LINE, ChildSpec
 from outcrop.processes.supervise import ChildState, ChildStatus, Supervisor, describe_exit
+from outcrop.serve.vllm_library import check_engine_setting
 from outcrop.settings import Settings, child_environment
 from outcrop.store import jobs, servers, throughputs
 from outcrop.store.database import connect, migrate, transaction
@@ -60,7 +61,9 @@ def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
         StoreError: the data directory is in use by another service, or its database is newer than
             this code.
         ChildError: a part of the service could not be started; the message has the end of its log.
+        SettingsError: the engine that is to serve is not installed.
     """
+    check_engine_setting(settings.serve_engine)
     asked: list[int] = []
     # Until there are processes to end, it just ends; SIGINT is a KeyboardInterrupt by itself.
     signal.signal(signal.SIGTERM, _end)

@@ -47,7 +47,7 @@ from outcrop.serve.interface import ClassStats, Deliver, EngineStats
 from outcrop.serve.paged import MAX_PAGE_BYTES, PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
 from outcrop.serve.plain import PlainBackend
-from outcrop.serve.prompt import check_prompt, fit_prompt, render_prompt
+from outcrop.serve.prompt import fit_request, render_prompt
 from outcrop.serve.rate import RateMeter
 from outcrop.serve.request import Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
@@ -119,29 +119,13 @@ class BatchEngine:
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> int:
         """See `Engine.submit`."""
-        sampling = request.sampling
         with self._lock:
             self._check(request)
-        if request.prompt is None:
-            prompt_ids, max_tokens = fit_prompt(
-                *(self.renderer, request.messages, sampling, self.max_context),
-                *(request.tools, request.start),
-            )
-        else:
-            prompt_ids, max_tokens = check_prompt(
-                self.renderer,
-                request.prompt,
-                sampling,
-                self.max_context,
-                self._backend.vocabulary,
-            )
-        if max(prompt_ids) >= self._backend.vocabulary:
-            raise ModelErrorException(
-                f"The tokenizer gives tokens up to {max(prompt_ids)}, but the model knows only "
-                f"{self._backend.vocabulary}."
-            )
+        prompt_ids, max_tokens = fit_request(
+            self.renderer, request, self.max_context, self._backend.vocabulary
+        )
         sequence = TokenSequence(
-            *(prompt_ids, sampling, max_tokens, self.renderer.end_token_ids),
+            *(prompt_ids, request.sampling, max_tokens, self.renderer.end_token_ids),
             *(self.renderer.tokenizer, request.shown),
         )
         with self._lock:
@@ -484,7 +468,7 @@ class BatchEngine:
             return error
         if isinstance(error, ModelError):
             logger.error("the custom model %s cannot be used: %s", task.request.adapter, error)
-            return _unusable()
+            return unusable()
         logger.error("a request failed", exc_info=error)
         return ModelErrorException("The model failed on this request; the server's log says why.")
 
@@ -557,7 +541,8 @@ def _displaced() -> ApiError:
     )
 
 
-def _unusable() -> ApiError:
+def unusable() -> ApiError:
+    """Return the error for a custom model whose artifact cannot be used."""
     # The details hold paths of this machine; they are in the log.
     return ModelErrorException(
         "The weights of the custom model cannot be used: they are missing, changed or damaged, or "

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from outcrop.data.records import Message, Tool
 from outcrop.data.render import Renderer
-from outcrop.errors import DataError, ValidationException
-from outcrop.serve.request import SamplingParams
+from outcrop.errors import DataError, ModelErrorException, ValidationException
+from outcrop.serve.request import GenerationRequest, SamplingParams
 
 
 def render_prompt(
@@ -42,6 +42,30 @@ def render_prompt(
         return renderer.render_prompt(messages, tools, start)
     except DataError as error:
         raise ValidationException(error.message) from error
+
+
+def fit_request(
+    renderer: Renderer, request: GenerationRequest, max_context: int, vocabulary: int
+) -> tuple[list[int], int]:
+    """Return a request's prompt in tokens and how many may be drawn after it.
+
+    Raises:
+        ValidationException: they do not fit into `max_context` together.
+        ModelErrorException: the tokenizer gives tokens that the model does not know.
+    """
+    sampling = request.sampling
+    if request.prompt is not None:
+        ids, max_tokens = check_prompt(renderer, request.prompt, sampling, max_context, vocabulary)
+    else:
+        ids, max_tokens = fit_prompt(
+            *(renderer, request.messages, sampling, max_context),
+            *(request.tools, request.start),
+        )
+    if max(ids) >= vocabulary:
+        raise ModelErrorException(
+            f"The tokenizer gives tokens up to {max(ids)}, but the model knows only {vocabulary}."
+        )
+    return ids, max_tokens
 
 
 def fit_prompt(

@@ -79,9 +79,6 @@ def run_model_server(
     # them: 590 ms a token instead of 57 on two shared cores. It is read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from outcrop.models.compiled import keep_libraries_in, kernel_folder
-    from outcrop.serve.engine import BatchEngine
-    from outcrop.serve.fairness import Limits
-    from outcrop.serve.rate import RateMeter, rate_file
 
     started = time.perf_counter()
     # uvicorn raises the signal that ended it once more: then, and while loading, just end.
@@ -90,18 +87,7 @@ def run_model_server(
     try:
         folder = ensure_weights(settings, weights_key)
         keep_libraries_in(kernel_folder(settings))
-        threads = settings.serve_threads or default_threads()
-        rates = rate_file(settings.data_dir / "cache" / "rates", weights_key, threads)
-        engine = BatchEngine(
-            folder,
-            threads=threads,
-            limits=Limits(
-                units=settings.machine_model_units,
-                max_waiting=settings.max_waiting_requests,
-                burst_seconds=settings.throughput_burst_seconds,
-            ),
-            meter=RateMeter(rates, fixed=settings.machine_tokens_per_second),
-        )
+        engine = open_engine(folder, weights_key, settings)
         app = make_app(engine, weights_key, timeout_seconds=settings.invoke_timeout_seconds)
         config = uvicorn.Config(
             app,
@@ -121,6 +107,51 @@ def run_model_server(
     finally:
         listener.close()
         Path(socket_path).unlink(missing_ok=True)
+
+
+def open_engine(folder: Path, weights_key: str, settings: Settings) -> Engine:
+    """Start what the settings have answer for the model of a folder.
+
+    Args:
+        weights_key: under which its measured rate is kept.
+    Raises:
+        ModelError: it does not start on this model.
+        SettingsError: it is vLLM, which is not installed.
+    """
+    from outcrop.serve.engine import BatchEngine
+    from outcrop.serve.fairness import Limits
+    from outcrop.serve.rate import RateMeter, rate_file
+    from outcrop.serve.routed import RoutedEngine
+    from outcrop.serve.vllm import VllmEngine
+    from outcrop.serve.vllm_library import open_vllm, wants_vllm
+
+    threads = settings.serve_threads or default_threads()
+
+    def open_own() -> BatchEngine:
+        rates = rate_file(settings.data_dir / "cache" / "rates", weights_key, threads)
+        return BatchEngine(
+            folder,
+            threads=threads,
+            limits=Limits(
+                units=settings.machine_model_units,
+                max_waiting=settings.max_waiting_requests,
+                burst_seconds=settings.throughput_burst_seconds,
+            ),
+            meter=RateMeter(rates, fixed=settings.machine_tokens_per_second),
+        )
+
+    if not wants_vllm(settings.serve_engine):
+        return open_own()
+    rank = settings.vllm_max_rank
+    first = VllmEngine(
+        folder,
+        lambda: open_vllm(folder, max_rank=rank, memory_percent=settings.vllm_memory_percent),
+        max_rank=rank,
+        max_waiting=settings.max_waiting_requests,
+        # The supervisor starts another server for the next request.
+        on_death=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    return RoutedEngine(first, open_own)
 
 
 def default_threads() -> int:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from outcrop.cli.serve import MAX_KILLED_STARTS, WORKER, _Service
+from outcrop.cli.serve import MAX_KILLED_STARTS, WORKER, _Service, run_service
+from outcrop.errors import SettingsError
 from outcrop.processes.supervise import ChildState, ChildStatus
+from outcrop.serve.vllm_library import is_installed
 from outcrop.settings import Settings
 from outcrop.store import servers
 from outcrop.store.database import connect, migrate, transaction
@@ -46,6 +48,14 @@ def test_a_database_that_is_away_does_not_end_the_service(
     assert "the database does not answer" in caplog.text
     service._on_exit(ChildStatus(WORKER, ChildState.WAITING, None, -9, 1, ""))
     assert "could not be released" in caplog.text
+
+
+def test_an_engine_that_is_not_installed_is_refused_at_the_start(data_dir: Path) -> None:
+    if is_installed():
+        pytest.skip("vllm is installed")
+    with pytest.raises(SettingsError, match="serve_engine is vllm, but the package"):
+        run_service(Settings(data_dir=data_dir, serve_engine="vllm"), lambda url: None)
+    assert not list(data_dir.iterdir())
 
 
 def test_a_start_that_is_given_up_ends_at_once(data_dir: Path) -> None:
