@@ -153,6 +153,11 @@ class Settings:
         0,
         minimum=0,
     )
+    invoke_custom_models: bool = _setting(
+        "Whether a custom model answers by its own ARN or name, on demand, without a provisioned "
+        "throughput; false refuses that as Bedrock does.",
+        True,
+    )
     max_provisioned_models: int = _setting(
         "Provisioned throughputs without commitment an account may hold; 0 allows none.",
         2,

@@ -395,11 +395,16 @@ def test_top_k_of_1_is_greedy_at_any_temperature(service: Service) -> None:
     assert hot["generations"][0]["text"] == greedy["generations"][0]["text"]
 
 
-def test_the_custom_model_answers_as_it_was_trained(service: Service, throughput: str) -> None:
+def test_the_custom_model_answers_as_it_was_trained(
+    service: Service, tuned: Tuned, throughput: str
+) -> None:
     body = {"prompt": "Which code has part 3?", "max_tokens": 12, "temperature": 0}
     custom, headers = invoke(service, throughput, body)
     base, _ = invoke(service, COHERE, body)
     assert custom["generations"][0]["text"] != base["generations"][0]["text"]
+    for identifier in (tuned.job["outputModelArn"], "tuned-model"):
+        on_demand, _ = invoke(service, identifier, body)
+        assert on_demand["generations"][0]["text"] == custom["generations"][0]["text"]
     _check_counts(headers | {"x-amzn-bedrock-output-token-count": "1"})
 
 

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -42,7 +43,8 @@ from outcrop.identity.policy import decide
 from outcrop.identity.principals import Principal
 from outcrop.ids import foundation_model_arn
 from outcrop.serve.request import Generation, TokenEvent
-from outcrop.store import throughputs
+from outcrop.store import models, throughputs
+from outcrop.store.rows import CustomModel, Page, ProvisionedModel
 from outcrop.wire.document import read_json_object
 from outcrop.wire.serialize import retry_headers
 from outcrop.wire.signature import SignedRequest
@@ -54,8 +56,9 @@ FIRST_PART = "v1"
 ENDING = "The service is ending. Ask again."
 MAX_AT_ONCE = 16
 """Answers of one request that are asked for at the same time."""
-THROUGHPUTS_A_PAGE = 1000
+MODELS_A_PAGE = 1000
 
+Listing = Callable[..., Page[CustomModel] | Page[ProvisionedModel]]
 Take = Callable[[int, TokenEvent | Generation], Awaitable[None]]
 """Is given each event of an answer, with the answer's number."""
 
@@ -354,7 +357,7 @@ def _resolve(context: RequestContext, identifier: str, operation: str) -> runtim
 
 
 def _models(context: RequestContext) -> dict[str, Any]:
-    """List what the caller may ask: base models, and provisioned throughputs in service."""
+    """List what the caller may ask: base models, custom models, throughputs in service."""
     with context.services.engine.connect() as connection:
         return {"object": "list", "data": _entries(connection, context)}
 
@@ -380,19 +383,23 @@ def _entries(connection: Connection, context: RequestContext) -> list[dict[str, 
         for base in context.services.catalog.models
         if may_ask(foundation_model_arn(context.region, base.model_id))
     ]
-    position: tuple[int, str] | None = None
-    while True:
-        page = throughputs.list_throughputs(
-            *(connection, context.account, context.region),
-            status="InService",
-            limit=THROUGHPUTS_A_PAGE,
-            after=position,
-        )
-        found += [
-            answers.model(item.arn, int(item.created_at.timestamp()), item.account)
-            for item in page.items
-            if may_ask(item.arn)
-        ]
-        position = page.next
-        if position is None:
-            return found
+    listings: list[Listing] = [partial(throughputs.list_throughputs, status="InService")]
+    if context.services.settings.invoke_custom_models:
+        listings.insert(0, models.list_models)
+    for listing in listings:
+        position: tuple[int, str] | None = None
+        while True:
+            page = listing(
+                *(connection, context.account, context.region),
+                limit=MODELS_A_PAGE,
+                after=position,
+            )
+            found += [
+                answers.model(item.arn, int(item.created_at.timestamp()), item.account)
+                for item in page.items
+                if may_ask(item.arn)
+            ]
+            position = page.next
+            if position is None:
+                break
+    return found

@@ -36,7 +36,7 @@ from outcrop.serve.prompt_formats import NativeRequest, format_body, parse_body
 from outcrop.serve.request import Generation, GenerationRequest, Owner, TokenEvent
 from outcrop.store import models, servers, throughputs
 from outcrop.store.database import transaction
-from outcrop.store.rows import ProvisionedModel, TokenUsage
+from outcrop.store.rows import CustomModel, ProvisionedModel, TokenUsage
 from outcrop.wire.document import read_json
 from outcrop.wire.model import service_model
 from outcrop.wire.validate import validate
@@ -288,10 +288,13 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
             return Target(model_id, base, base.weights, None, model_arn=arn)
         if throughput is not None:
             return _provisioned(connection, context, throughput)
+    if custom is not None and context.services.settings.invoke_custom_models:
+        return _custom(context, custom)
     if custom is not None:
         raise ValidationException(
             f"Invocation of the custom model {custom.name} with on-demand throughput isn't "
-            "supported. Create a provisioned model throughput for it and invoke that one's ARN."
+            "supported here (invoke_custom_models is false). Create a provisioned model throughput "
+            "for it and invoke that one's ARN."
         )
     if kind in (None, "foundation-model"):
         raise ValidationException(
@@ -299,6 +302,20 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
             "ListProvisionedModelThroughputs list what can be invoked."
         )
     raise ResourceNotFoundException(f"Model not found: {identifier}.")
+
+
+def _custom(context: RequestContext, custom: CustomModel) -> Target:
+    """Return what a custom model's own id stands for: the same as with a throughput."""
+    base = context.services.catalog.resolve(custom.base_model_id)
+    if base is None:
+        raise ModelErrorException(
+            f"The base model of {custom.name} is not in the catalogue any more."
+        )
+    artifact = context.services.settings.data_dir / custom.artifact_path
+    return Target(
+        *(custom.arn, base, custom.spec["weights"], artifact, custom.artifact_digest),
+        model_arn=custom.arn,
+    )
 
 
 def _provisioned(

@@ -35,6 +35,7 @@ from starlette.types import Receive, Scope, Send
 
 from outcrop.errors import ApiError, SettingsError, ValidationException
 from outcrop.models.weights import ensure_weights
+from outcrop.processes.group import end_group_with_this_process
 from outcrop.serve.request import (
     Event,
     Generation,
@@ -142,6 +143,7 @@ def open_engine(folder: Path, weights_key: str, settings: Settings) -> Engine:
 
     if not wants_vllm(settings.serve_engine):
         return open_own()
+    end_group_with_this_process()  # vLLM's processes outlive one that is killed
     rank = settings.vllm_max_rank
     first = VllmEngine(
         folder,

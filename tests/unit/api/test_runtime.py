@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -24,7 +25,7 @@ from outcrop.serve.prompt_formats import NativeRequest
 from outcrop.serve.request import SamplingParams
 from outcrop.store import models, servers, throughputs
 from outcrop.store.database import transaction
-from outcrop.store.rows import ProvisionedModel
+from outcrop.store.rows import CustomModel, ProvisionedModel
 
 OURS = f"arn:aws:bedrock:{REGION}:{ACCOUNT}"
 
@@ -68,12 +69,34 @@ def test_who_may_use_base_models_may_not_use_a_throughput(
         runtime.resolve(caller, name(throughput), "InvokeModel")
 
 
-def test_a_custom_model_needs_a_throughput_and_says_so_to_who_may_use_it(
+@pytest.mark.parametrize(
+    "name", [lambda m: m.arn, lambda m: m.name, lambda m: f"{OURS}:custom-model/{m.name}"]
+)
+def test_a_custom_model_answers_by_its_own_id_to_who_may_use_it(
+    services: Services, context: Context, name: Callable[[CustomModel], str]
+) -> None:
+    with transaction(services.engine) as connection:
+        models.insert_model(connection, new_model("mine", spec={"weights": "tiny"}))
+        made = models.get_model(connection, ACCOUNT, REGION, "mine")
+    assert made is not None
+    caller = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:custom-model/*"))
+    found = runtime.resolve(caller, name(made), "InvokeModel")
+    assert (found.model_id, found.weights) == (made.arn, made.spec["weights"])
+    assert found.artifact == services.settings.data_dir / made.artifact_path
+    assert found.digest == made.artifact_digest
+    other = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:provisioned-model/*"))
+    with pytest.raises(AccessDeniedException, match="custom-model"):
+        runtime.resolve(other, name(made), "InvokeModel")
+
+
+def test_a_custom_model_needs_a_throughput_where_the_setting_says_so(
     services: Services, context: Context
 ) -> None:
     with transaction(services.engine) as connection:
         models.insert_model(connection, new_model("mine"))
     caller = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:custom-model/*"))
+    refusing = replace(services.settings, invoke_custom_models=False)
+    caller = replace(caller, services=replace(services, settings=refusing))
     with pytest.raises(ValidationException, match="Create a provisioned model throughput"):
         runtime.resolve(caller, "mine", "InvokeModel")
 
