@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -87,15 +88,20 @@ class Place:
 
     def expected(self, adapter: Path | None = None, folder: Path | None = None) -> str:
         """What transformers itself answers, greedily."""
-        renderer = Renderer(self.folder)
-        model = load_reference(folder or self.folder)
-        if adapter is not None:
-            set_adapter(model, load_adapter(adapter))
-        prompt = renderer.render_prompt(HELLO)
-        end = renderer.end_token_ids[0]
-        ids = reference_ids(model, prompt, GREEDY.max_tokens or 0, end)
-        ends = [place for place, token in enumerate(ids) if token in renderer.end_token_ids]
-        return renderer.decode(ids[: min(ends, default=len(ids))])
+        return _expected(self.folder, folder or self.folder, adapter)
+
+
+@cache
+def _expected(templates: Path, folder: Path, adapter: Path | None) -> str:
+    renderer = Renderer(templates)
+    model = load_reference(folder)
+    if adapter is not None:
+        set_adapter(model, load_adapter(adapter))
+    prompt = renderer.render_prompt(HELLO)
+    end = renderer.end_token_ids[0]
+    ids = reference_ids(model, prompt, GREEDY.max_tokens or 0, end)
+    ends = [place for place, token in enumerate(ids) if token in renderer.end_token_ids]
+    return renderer.decode(ids[: min(ends, default=len(ids))])
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +217,19 @@ def test_an_adapter_that_was_changed_is_refused_and_others_are_not(
     shutil.rmtree(changed)
     shutil.copytree(good, changed)
     assert place.ask(adapter=changed, digest=digest).text == place.expected(good)
+
+
+def test_an_artifact_that_is_deleted_while_it_answers_does_not_cut_the_answer(
+    place: Place, tmp_path: Path
+) -> None:
+    deleted = tmp_path / "custom" / "1"
+    shutil.copytree(place.adapters[1], deleted)
+    events = stream(place.engine, GenerationRequest(HELLO, GREEDY, str(deleted)))
+    next(events)
+    shutil.rmtree(deleted)
+    *_, last = events
+    assert isinstance(last, Generation)
+    assert last.text == place.expected(place.adapters[1])
 
 
 def test_a_stop_sequence_ends_the_answer_and_is_not_part_of_it(place: Place) -> None:

@@ -366,6 +366,37 @@ def test_what_is_not_offered_is_refused_by_name(
     assert named in message(family, {**BODIES[family], **changes})
 
 
+STOP_KEYS = {
+    "titan": ("textGenerationConfig", "stopSequences"),
+    "cohere": ("stop_sequences",),
+    "claude": ("stop_sequences",),
+    "mistral": ("stop",),
+    "nova": ("inferenceConfig", "stopSequences"),
+}
+
+
+@pytest.mark.parametrize("family", STOP_KEYS)
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ([""], "expected minLength: 1, actual: 0"),
+        (["x" * 1001], "expected maxLength: 1000, actual: 1001"),
+        (["x"] * 2501, "found: 2501"),
+        ([1], "expected type: String, found: Integer"),
+        ("x", "expected type: JSONArray, found: String"),
+        ({"0": "x"}, "expected type: JSONArray, found: JSONObject"),
+    ],
+)
+def test_stop_sequences_that_are_empty_huge_or_too_many_are_refused(
+    family: str, value: Any, named: str
+) -> None:
+    *parents, last = STOP_KEYS[family]
+    changes: dict[str, Any] = {last: value}
+    for key in reversed(parents):
+        changes = {key: changes}
+    assert named in message(family, {**BODIES[family], **changes})
+
+
 def test_several_violations_are_counted_and_told() -> None:
     found = message("llama", {"temperature": 2, "x": 1})
     assert found.startswith(f"Malformed input request: 3 schema violations found, {AGAIN}")

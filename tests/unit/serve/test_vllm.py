@@ -123,7 +123,7 @@ def test_many_first_requests_read_an_adapter_once(
 
 
 def test_an_answer_that_is_over_or_given_up_is_aborted(engine: VllmEngine, client: StandIn) -> None:
-    found = last(engine, GenerationRequest(HELLO, LONG))
+    found = last(engine, GenerationRequest(HELLO, SamplingParams(0, max_tokens=12)))
     assert isinstance(found, Generation)
     stop = found.text[2:5]
     ended = last(engine, GenerationRequest(HELLO, SamplingParams(0, max_tokens=400, stop=(stop,))))
