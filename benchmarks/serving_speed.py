@@ -1,11 +1,12 @@
 """How fast the serving engine answers: one stream and many, with adapters, with a common beginning.
 
-    python -m benchmarks.serving_speed [--weights FOLDER] [--threads 2] [--rounds 5]
+    python -m benchmarks.serving_speed [--weights FOLDER] [--threads 2] [--rounds 5] [--engine vllm]
 
 The engine runs in this process, as in a model server, without socket and gateway. Prompts are words
 drawn by a seed, cut to so many tokens with the template; answers are greedy and have their full
 length, because no end token is taken as one. Each round measures every row once, so that what else
-the machine does falls on all of them alike; the page has the medians.
+the machine does falls on all of them alike; the page has the medians. vLLM is asked through the
+same seam; its own variables say how many threads it has.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from benchmarks.training_work import shipped_weights
 from outcrop.data.records import Message
 from outcrop.serve.engine import BatchEngine
 from outcrop.serve.request import Event, Generation, GenerationRequest, SamplingParams, TokenEvent
+from outcrop.serve.vllm import VllmEngine
+from outcrop.serve.vllm_library import open_vllm
 
 TEXT = (
     "the of and to in is that for it as was with be by on not he his but at are this have from or "
@@ -34,6 +37,7 @@ TEXT = (
     "two may first then do any like my now over such our man me even most made after also did many"
 )
 RANK = 16
+AnyEngine = BatchEngine | VllmEngine
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,15 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="default: the shipped model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engine", choices=("own", "vllm"), default="own")
+    parser.add_argument("--dtype", default="auto", help="of the weights in vLLM")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS))
     options = parser.parse_args()
     folder = shipped_weights(options.weights)
     with tempfile.TemporaryDirectory() as scratch:
         adapters = write_adapters(folder, Path(scratch), 8)
         started = time.perf_counter()
-        engine = BatchEngine(folder, threads=options.threads)
+        engine = open_engine(folder, options)
         seconds_to_start = time.perf_counter() - started
         engine.renderer.end_token_ids = ()  # so that every answer has its full length
         found: dict[str, list[Measured]] = {name: [] for name in options.rows}
@@ -115,8 +121,8 @@ def main() -> None:
             )
         )
     write_result(
-        "serving_speed",
-        f"The engine alone, {options.threads} threads, {options.rounds} rounds; 256-token prompts "
+        "serving_speed" if options.engine == "own" else "serving_speed_vllm",
+        f"The engine alone ({described(options)}), {options.rounds} rounds; 256-token prompts "
         "and 64 new tokens where nothing else is said. New tokens a second include the time of the "
         f"prompts. Adapters of rank {RANK} on all linear layers. Median, and the least and the "
         "greatest of the rounds.",
@@ -126,7 +132,27 @@ def main() -> None:
     )
 
 
-def ask(engine: BatchEngine, work: Work, adapters: Sequence[str], seeds: random.Random) -> Measured:
+def open_engine(folder: Path, options: argparse.Namespace) -> AnyEngine:
+    """Start the engine that is to be measured."""
+    if options.engine == "own":
+        return BatchEngine(folder, threads=options.threads)
+    return VllmEngine(
+        folder,
+        lambda: open_vllm(folder, max_rank=RANK, memory_percent=90, dtype=options.dtype),
+        max_rank=RANK,
+    )
+
+
+def described(options: argparse.Namespace) -> str:
+    """Say in words which engine it is."""
+    if options.engine == "own":
+        return f"our own, {options.threads} threads"
+    import vllm
+
+    return f"vLLM {vllm.__version__}, weights in {options.dtype}"
+
+
+def ask(engine: AnyEngine, work: Work, adapters: Sequence[str], seeds: random.Random) -> Measured:
     """Send all requests at once and wait for their ends."""
     common = cut(engine, draw_words(seeds, work.common_tokens), work.common_tokens)
     prompts = []
@@ -169,7 +195,7 @@ def draw_words(seeds: random.Random, count: int) -> str:
     return " ".join(seeds.choices(TEXT.split(), k=count))
 
 
-def cut(engine: BatchEngine, text: str, num_tokens: int) -> str:
+def cut(engine: AnyEngine, text: str, num_tokens: int) -> str:
     """Return as much of a text as makes a prompt of so many tokens, with the template."""
     words = text.split()
     while words and engine.count_tokens((Message("user", " ".join(words)),)) > num_tokens:
