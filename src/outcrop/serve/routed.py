@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
@@ -98,6 +98,8 @@ def _sum(first: EngineStats, second: EngineStats) -> EngineStats:
             summed[item.name] = one if one.bounds != other.bounds else _sum_counts(one, other)
         elif item.name == "idle_seconds":
             summed[item.name] = min(one, other)
+        elif isinstance(one, Mapping):
+            summed[item.name] = one or other  # only our own engine has classes and reservations
         else:
             summed[item.name] = one + other
     return replace(first, **summed)

@@ -50,6 +50,8 @@ from outcrop.serve.vllm_library import MAX_ADAPTERS_KEPT, Library
 
 logger = logging.getLogger("outcrop.model-server")
 
+PROVISIONED, ON_DEMAND = 0, 1
+"""Of two requests that wait, vLLM takes the one with the lower number."""
 MAX_WAITING = 256
 """Requests that may wait for their first token; the next one is told to try again."""
 START_SECONDS = 1800.0
@@ -253,7 +255,9 @@ class VllmEngine:
         )
         told = _Told(self.renderer.tokenizer, request.sampling, sequence)
         answer = self._library.client.generate(
-            {"prompt_token_ids": list(sequence.ids)}, params, str(number), lora_request=adapter
+            *({"prompt_token_ids": list(sequence.ids)}, params, str(number)),
+            lora_request=adapter,
+            priority=ON_DEMAND if request.owner.reservation is None else PROVISIONED,
         )
         async with aclosing(answer) as outputs:
             async for output in outputs:

@@ -32,7 +32,13 @@ class Client(Protocol):
     """What is used of AsyncLLM."""
 
     def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        *,
+        lora_request: Any = None,
+        priority: int = 0,
     ) -> AsyncGenerator[Any, None]:
         """Yield RequestOutputs; closing the generator aborts the request."""
 
@@ -111,6 +117,7 @@ def open_vllm(
             seed=secrets.randbits(31),
             gpu_memory_utilization=memory_percent / 100,
             enable_prefix_caching=True,
+            scheduling_policy="priority",
             enable_lora=True,
             max_lora_rank=next(rank for rank in RANKS if rank >= max_rank),
             max_loras=MAX_ADAPTERS_AT_ONCE,

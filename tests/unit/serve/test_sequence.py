@@ -30,7 +30,7 @@ def answer(
 ) -> tuple[list[str], Generation]:
     """Return the texts that were released on the way, and the whole answer."""
     sequence = TokenSequence([1], SamplingParams(stop=stop), len(ids), [], tokenizer)
-    released = []
+    released: list[str] = []
     for token in ids:
         event = sequence.accept(Scores(NO_SCORES, [token]))
         if isinstance(event, Generation):

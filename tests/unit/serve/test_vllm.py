@@ -22,7 +22,7 @@ from outcrop.errors import (
 )
 from outcrop.serve import vllm_library
 from outcrop.serve.interface import EngineStats
-from outcrop.serve.request import Event, Generation, GenerationRequest, SamplingParams
+from outcrop.serve.request import Event, Generation, GenerationRequest, Owner, SamplingParams
 from outcrop.serve.routed import RoutedEngine
 from outcrop.serve.server import open_engine
 from outcrop.serve.vllm import VllmEngine, sampling_arguments
@@ -110,6 +110,13 @@ def test_an_adapter_is_read_once_and_named_by_its_folder(
     one, two = (str(adapter) for adapter in adapters)
     assert named == [(1, one), (2, two), (1, one), None]
     assert engine.stats().num_adapter_loads == 2
+
+
+def test_provisioned_requests_come_first(engine: VllmEngine, client: StandIn) -> None:
+    for owner in (Owner(), Owner(reservation="fast", units=1)):
+        assert isinstance(last(engine, GenerationRequest(HELLO, GREEDY, owner=owner)), Generation)
+    on_demand, provisioned = (asked["priority"] for asked in client.asked)
+    assert provisioned < on_demand
 
 
 def test_many_first_requests_read_an_adapter_once(
@@ -249,6 +256,6 @@ def test_vllm_is_refused_where_it_is_not_installed_and_auto_does_without(folder:
     if vllm_library.is_installed():
         pytest.skip("vllm is installed")
     with pytest.raises(SettingsError, match=r"pip install 'outcrop\[vllm\]'"):
-        open_engine(folder, Settings(serve_engine="vllm"))
+        open_engine(folder, "tiny", Settings(serve_engine="vllm"))
     assert not vllm_library.wants_vllm("auto")
     assert not vllm_library.wants_vllm("own")

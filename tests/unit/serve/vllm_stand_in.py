@@ -34,9 +34,15 @@ class StandIn:
         return True
 
     async def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        *,
+        lora_request: Any = None,
+        priority: int = 0,
     ) -> AsyncGenerator[Any, None]:
-        self.asked.append({"sampling": sampling_params, "lora": lora_request, "id": request_id})
+        self.asked.append({"sampling": sampling_params, "lora": lora_request, "priority": priority})
         ids = list(prompt["prompt_token_ids"])
         length, params = len(ids), SimpleNamespace(**sampling_params)
         seed = secrets.randbits(60) if params.seed is None else params.seed
