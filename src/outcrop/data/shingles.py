@@ -24,7 +24,10 @@ texts it is estimated, with a standard deviation of 0.04 at most."""
 
 _NO_WORD = re.compile(r"[\W_]+")
 # Kana, ideographs, hangul and their extensions: what is written without spaces, or nearly.
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")
+_UNSPACED = re.compile(
+    r"([\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff])"
+)
+_ASCII = {place: chr(place).lower() if chr(place).isalnum() else " " for place in range(128)}
 _SPACE, _END = 0x20, 0x0A
 
 _PRIME = np.uint64(0x100000001B3)
@@ -34,10 +37,10 @@ _PLACES = tuple(map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049
 
 def normalized(text: str) -> str:
     """Return the words of a text in lower case, one space between them."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-        text = _UNSPACED.sub(r" \g<0> ", text)
-    return _NO_WORD.sub(" ", text.casefold()).strip()
+    if text.isascii():
+        return " ".join(text.translate(_ASCII).split())
+    text = _NO_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(" ".join(_UNSPACED.split(text)).split())
 
 
 def shingles(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
