@@ -158,13 +158,14 @@ class Renderer:
         if len(messages) < 2 or messages[-1].role != "assistant":
             raise _refused("A conversation must end with an answer of the assistant.")
         num_input = num_output = 0
-        last = len(messages) - 1
+        last, answered = len(messages) - 1, False
         for piece in self._layout(messages, complete=True):
             if isinstance(piece, _Scaffold):
-                count, is_answer = len(piece.ids), False
+                count = len(piece.ids)
             else:
-                count, is_answer = self._count(piece, messages), piece.index == last
-            if num_output or is_answer:
+                count = self._count(piece, messages)
+                answered = piece.index == last
+            if answered:
                 num_output += count
             else:
                 num_input += count
