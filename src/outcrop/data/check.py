@@ -1,158 +1,66 @@
 """Check data files: every rule over every record, and what the records are like.
 
 One call reads all files of a job once, in order, and answers with a `Check`. Nothing is changed.
+What needs one record only is done chunk by chunk (`scanning.py`), in several processes where the
+files are large; what needs all of them is done here, afterwards.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import BinaryIO
+import hashlib
+import itertools
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import BinaryIO, cast
 
-from outcrop.data.defects import Defect, Severity
+from outcrop.data.defects import Finding, Severity
+from outcrop.data.facts import (
+    MAX_LISTED,
+    ROLES,
+    TEST,
+    TRAINING,
+    VALIDATION,
+    Check,
+    DataFile,
+    FileFacts,
+    Histogram,
+    LabelStatistics,
+    Lengths,
+    TokenStatistics,
+)
+from outcrop.data.findings import Findings
+from outcrop.data.formats import DATA_KINDS, formats_for, recognize
+from outcrop.data.near import DEFAULT_THRESHOLD, NearIndex
+from outcrop.data.pool import scan_in_order
+from outcrop.data.read import Chunk, LineParser, split_chunks
 from outcrop.data.render import Renderer
+from outcrop.data.scanning import Context, Scanned
+from outcrop.data.summary import Gathered, summarize
+from outcrop.errors import DataError
 from outcrop.models.catalog import FINE_TUNING, BaseModel
 
-TRAINING, VALIDATION, TEST = "training", "validation", "test"
-ROLES = (TRAINING, VALIDATION, TEST)
+__all__ = [
+    "MAX_LISTED",
+    "ROLES",
+    "TEST",
+    "TRAINING",
+    "VALIDATION",
+    "Check",
+    "DataFile",
+    "FileFacts",
+    "Histogram",
+    "LabelStatistics",
+    "Lengths",
+    "TokenStatistics",
+    "check_files",
+]
 
-MAX_LISTED = 100
-"""Defects that are listed for each code; all are counted."""
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A file to be checked."""
-
-    name: str
-    """As its owner named it: `train.jsonl`, `s3://bucket/train.jsonl`."""
-    role: str
-    """"training", "validation" or "test"."""
-    open: Callable[[], AbstractContextManager[BinaryIO]]
-    """Opens it for reading from its beginning; the stream may give less than is asked for."""
-    num_bytes: int | None = None
-    """Its size where that is known, for progress and to know that it did not change."""
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What one file is."""
-
-    name: str
-    role: str
-    digest: str
-    """SHA-256 of its bytes, in hex."""
-    num_bytes: int
-    num_lines: int
-    num_records: int
-    """Lines that are not blank."""
-    num_usable: int
-    """Records without a defect that rejects them."""
-    format: str
-    """The format of most records, as `formats.py` names it; "" where none was recognized."""
-    formats: Mapping[str, int]
-    """Records by the format they were recognized as; "" for none."""
-    num_characters: int
-    """Of the texts of usable records."""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How many values fall between neighbouring edges."""
-
-    edges: tuple[int, ...]
-    """Rising; one more than `counts`. A bin takes its lower edge in and the upper one not, but for
-    the last, which takes both."""
-    counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How long things are."""
-
-    total: int
-    minimum: int
-    median: int
-    percentile_95: int
-    maximum: int
-    histogram: Histogram
-
-
-@dataclass(frozen=True)
-class TokenStatistics:
-    """Tokens of usable training records, as the model's own tokenizer and template make them."""
-
-    total: Lengths
-    """Of whole records or documents."""
-    input: Lengths | None
-    """Of the prompts, as they are rendered; None for documents."""
-    output: Lengths | None
-    """Of what comes after the prompt; None for documents."""
-    limit: int
-    """Tokens a record may have at this batch size; a longer document is cut."""
-    num_no_label: int
-    """Too long records whose prompt alone fills the limit: cut there, nothing is left to learn."""
-
-    @property
-    def epoch_tokens(self) -> int:
-        """Tokens that one pass over the training records reads."""
-        return self.total.total
-
-
-@dataclass(frozen=True)
-class LabelStatistics:
-    """The completions of a set whose completions are labels."""
-
-    counts: Mapping[str, int]
-    """Records of each label, the most frequent first."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a check found."""
-
-    base_model_id: str
-    """"" where no model was named."""
-    customization_type: str
-    batch_size: int
-    files: tuple[FileFacts, ...]
-    defects: tuple[Defect, ...]
-    """In the order of files and lines, those of a file as a whole first; at most MAX_LISTED of a
-    code."""
-    counts: Mapping[str, Mapping[Severity, int]]
-    """Code -> severity -> how many were found, exactly."""
-    tokens: TokenStatistics | None
-    """None where no renderer was given, or no record can be used."""
-    characters: Lengths | None
-    """Of usable training records; None where there is none."""
-    labels: LabelStatistics | None
-    """None where completions are no labels."""
-    languages: Mapping[str, int]
-    """ISO 639-1 code -> records of a sample, the most frequent first."""
-    num_exact_duplicates: int
-    num_near_duplicates: int
-    num_conflicts: int
-    seconds: float
-    """How long the check took."""
-
-    def count(self, severity: Severity) -> int:
-        """Return how many defects of a severity there are."""
-        return sum(found.get(severity, 0) for found in self.counts.values())
-
-    @property
-    def is_rejected(self) -> bool:
-        """Whether a job with these files would fail."""
-        return self.count(Severity.REJECT) > 0
-
-    @property
-    def verdict(self) -> str:
-        """"rejected", "warnings" (something to drop, repair or review) or "clean"."""
-        if self.is_rejected:
-            return "rejected"
-        warned = (Severity.DROP, Severity.REPAIR, Severity.REVIEW)
-        return "warnings" if any(map(self.count, warned)) else "clean"
+_HEAD_CHUNKS = 8
+"""Chunks that are read before it is decided how to go on. What fits into them is checked here:
+other processes need longer to start."""
 
 
 def check_files(
@@ -165,27 +73,192 @@ def check_files(
     hyper_parameters: Mapping[str, str] | None = None,
     max_training_records: int = 0,
     max_validation_records: int = 0,
-    near_threshold: float = 0.85,
+    near_threshold: float = DEFAULT_THRESHOLD,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Check:
     """Check the files of one job together.
 
+    A file that cannot be read, is packed and broken, or changes meanwhile is a defect of that file.
+
     Args:
         files: at least one; a leak is looked for from training into validation and test files, and
             from validation into test files.
-        base: the model they are for; None checks what holds for any, and takes any known format.
+        base: the model they are for; None checks what holds for any, and takes the format that most
+            records at the beginning have.
         customization_type: a job's, or one of `formats.DATA_KINDS`.
         batch_size: decides the token limit.
         renderer: counts tokens; without one, only characters are held against the limit.
         hyper_parameters: a job's, as strings; only advice follows from them.
         max_training_records, max_validation_records: the operator's quotas; 0 keeps the family's.
-        near_threshold: share of their shingles, 0 to 1, that near duplicates have in common.
+        near_threshold: share of their runs of words, `near.MIN_THRESHOLD` to 1, that near
+            duplicates have in common.
         workers: processes beside this one; None takes what the size of the files and the cores
             suggest, 0 checks in this process.
         progress: called with the bytes read so far, of all files.
     Raises:
-        DataError: a file cannot be read at all: it is a directory, it is not there.
+        DataError: there is no such customization type.
+        SettingsError: the threshold is out of bounds.
         ModelError: the model's tokenizer cannot be used.
+        ObjectStoreError: a file lies in S3, and it or the store went away.
     """
-    raise NotImplementedError(Counter)
+    began = time.monotonic()
+    files = sorted(files, key=lambda file: ROLES.index(file.role))
+    formats = formats_for(base, customization_type)
+    findings = Findings([file.name for file in files])
+    states = [_FileState() for _ in files]
+    chunks = _chunks(files, states, findings, progress)
+    head = list(itertools.islice(chunks, _HEAD_CHUNKS))
+    if base is None:
+        formats = _found_formats(head, customization_type, formats)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if len(head) == _HEAD_CHUNKS else 0
+    context = Context(
+        formats, base, batch_size, renderer.folder if renderer and base else None, MAX_LISTED
+    )
+    with NearIndex(near_threshold) as index:
+        gathered = Gathered(index)
+        for number, scanned in _scan(itertools.chain(head, chunks), context, workers):
+            _take_in(number, scanned, states[number], findings, gathered)
+        for number, state in enumerate(states):
+            if not state.num_records and not state.is_broken:
+                findings.add(number, None, _EMPTY)
+        settings = {TRAINING: max_training_records, VALIDATION: max_validation_records}
+        return summarize(
+            files=files,
+            facts=[state.facts(file) for file, state in zip(files, states, strict=True)],
+            findings=findings,
+            gathered=gathered,
+            base=base,
+            customization_type=customization_type,
+            batch_size=batch_size,
+            hyper_parameters=hyper_parameters or {},
+            quotas=settings,
+            began=began,
+        )
+
+
+_EMPTY = Finding("empty_file", Severity.REJECT, "The file holds no record.")
+
+
+@dataclass
+class _FileState:
+    """What is known of a file so far."""
+
+    digest: str = ""
+    num_bytes: int = 0
+    num_lines: int = 0
+    num_records: int = 0
+    num_usable: int = 0
+    num_characters: int = 0
+    is_broken: bool = False
+    formats: Counter[str] = field(default_factory=Counter)
+
+    def facts(self, file: DataFile) -> FileFacts:
+        formats = dict(self.formats.most_common())
+        return FileFacts(
+            name=file.name,
+            role=file.role,
+            digest=self.digest,
+            num_bytes=self.num_bytes,
+            num_lines=self.num_lines,
+            num_records=self.num_records,
+            num_usable=self.num_usable,
+            format=next((name for name in formats if name), ""),
+            formats=formats,
+            num_characters=self.num_characters,
+        )
+
+
+class _Counting:
+    """Passes a stream on, takes its digest and counts its bytes."""
+
+    def __init__(self, stream: BinaryIO, report: Callable[[int], None]) -> None:
+        self._stream, self._report = stream, report
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def read(self, size: int) -> bytes:
+        block = self._stream.read(size)
+        self.digest.update(block)
+        self.num_bytes += len(block)
+        self._report(len(block))
+        return block
+
+
+def _chunks(
+    files: Sequence[DataFile],
+    states: Sequence[_FileState],
+    findings: Findings,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[int, Chunk]]:
+    """Yield (file number, chunk); what is wrong with a file as a whole is a finding."""
+    total = 0
+
+    def report(num_bytes: int) -> None:
+        nonlocal total
+        total += num_bytes
+        if progress:
+            progress(total)
+
+    for number, file in enumerate(files):
+        try:
+            with file.open() as stream:
+                counting = _Counting(stream, report)
+                try:
+                    for chunk in split_chunks(cast(BinaryIO, counting), file.name):
+                        yield number, chunk
+                    while counting.read(1 << 20):  # what is packed may be followed by something
+                        pass
+                finally:
+                    states[number].num_bytes = counting.num_bytes
+                    states[number].digest = counting.digest.hexdigest()
+        except DataError as error:
+            states[number].is_broken = True
+            findings.add(number, None, Finding(error.code, Severity.REJECT, error.message))
+
+
+def _found_formats(
+    head: Iterable[tuple[int, Chunk]], customization_type: str, formats: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the format that most records at the beginning of the first file have."""
+    parser = LineParser()
+    counts: Counter[str] = Counter()
+    for number, chunk in head:
+        if number == 0:
+            for line in parser.chunk(chunk):
+                found = None if line.value is None else recognize(line.value)
+                if found is not None:
+                    counts[found] += 1
+        if counts.total() > 1000:
+            break
+    known = DATA_KINDS[customization_type]
+    return next(((name,) for name, _ in counts.most_common() if name in known), formats)
+
+
+def _scan(
+    chunks: Iterable[tuple[int, Chunk]], context: Context, workers: int
+) -> Iterator[tuple[int, Scanned]]:
+    """Yield (file number, what became of a chunk), in order."""
+    numbers: deque[int] = deque()
+
+    def bare() -> Iterator[Chunk]:
+        for number, chunk in chunks:
+            numbers.append(number)
+            yield chunk
+
+    for scanned in scan_in_order(bare(), context, workers):
+        yield numbers.popleft(), scanned
+
+
+def _take_in(
+    number: int, scanned: Scanned, state: _FileState, findings: Findings, gathered: Gathered
+) -> None:
+    state.num_lines += scanned.num_lines
+    state.num_records += scanned.num_records
+    state.formats += scanned.formats
+    if scanned.columns is not None:
+        state.num_usable += len(scanned.columns)
+        state.num_characters += int(scanned.columns.num_characters.sum())
+    findings.add_all(number, scanned.counts, scanned.listed)
+    gathered.add(number, scanned)

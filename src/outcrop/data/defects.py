@@ -116,6 +116,11 @@ _ALL = (
         Severity.REJECT,
         ("empty_file", "The file holds no record.", "Name the file that has the records."),
         (
+            "unreadable_file",
+            "The file cannot be read: it is not there, is a directory, or may not be read.",
+            "Name a file that can be read.",
+        ),
+        (
             "invalid_gzip",
             "The file begins as gzip and cannot be unpacked to its end.",
             "Upload it again, or upload it unpacked.",
@@ -147,10 +152,7 @@ _ALL = (
         ("missing_prompt", "A pair has no prompt.", "Add it."),
         ("missing_completion", "A pair has no completion.", "Add it."),
         ("missing_caption", "An image has no caption.", "Add it."),
-        ("missing_reference", "The record has no reference answer.", "Add it."),
-        ("missing_record_id", "A record of a batch has no recordId.", "Add one."),
         ("missing_model_input", "A record of a batch has no modelInput.", "Add it."),
-        ("missing_output", "An invocation log has no answer.", "Leave out calls that failed."),
         (
             "missing_schema_version",
             "A conversation has no schemaVersion.",
@@ -261,6 +263,12 @@ _ALL = (
             "A key stands twice in one object; the last one counts.",
             "Look which one is right.",
         ),
+        (
+            "missing_reference",
+            "A prompt for reinforcement fine-tuning has no reference_answer.",
+            "Add it, unless the grader does without.",
+        ),
+        ("missing_output", "An invocation log has no answer.", "Leave out calls that failed."),
         ("empty_system", "system is an empty list; it is passed over.", "Fill it or leave it out."),
         (
             "conflicting_label",

@@ -15,7 +15,7 @@ from typing import Any
 
 from outcrop.data.defects import Finding, Unusable
 from outcrop.data.records import Document, Record
-from outcrop.data.schemas import LOG_TYPE, SCHEMA_VERSION, Content, Reader, wrong_keys
+from outcrop.data.schemas import LOG_TYPE, Content, Reader, wrong_keys
 from outcrop.errors import DataError
 from outcrop.models.catalog import CONTINUED_PRE_TRAINING, DOCUMENTS, FINE_TUNING, BaseModel
 
@@ -164,7 +164,7 @@ _READERS: Mapping[str, Callable[[Reader, Mapping[str, Any]], Content]] = {
 
 
 def meant_format(value: Mapping[str, Any], formats: Sequence[str]) -> str | None:
-    """Return the format that an object is meant in; where its keys fit two, the one of `formats`."""
+    """Return the format that an object is meant in; where its keys fit two, one of `formats`."""
     found = recognize(value)
     if found is None or found in formats:
         return found
@@ -261,5 +261,3 @@ def record_error(
         file=file,
         line=line,
     )
-
-

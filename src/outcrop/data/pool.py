@@ -1,8 +1,8 @@
 """Scan chunks in several processes, and hand the results out in the order of the chunks.
 
-The processes are programs of their own (`python -m outcrop.data.pool`) that talk over their standard
-input and output. Python's own pools would import the caller's main module again, which a script
-without a guard does not survive.
+The processes are programs of their own (`python -m outcrop.data.pool`) that talk over their
+standard input and output. Python's own pools would import the caller's main module again, which a
+script without a guard does not survive.
 
 Each has one chunk at work and one that waits, so memory is bounded whatever the file's size.
 """
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from outcrop.data.read import Chunk
 from outcrop.data.scanning import Context, Scanned, Scanner
@@ -30,9 +30,7 @@ AHEAD = 2
 _SIZE = struct.Struct("<Q")
 
 
-def scan_in_order(
-    chunks: Iterable[Chunk], context: Context, workers: int
-) -> Iterator[tuple[Chunk, Scanned]]:
+def scan_in_order(chunks: Iterable[Chunk], context: Context, workers: int) -> Iterator[Scanned]:
     """Yield what became of each chunk, in order.
 
     Args:
@@ -43,18 +41,16 @@ def scan_in_order(
     if workers == 0:
         scanner = Scanner(context)
         for chunk in chunks:
-            yield chunk, scanner.scan(chunk)
+            yield scanner.scan(chunk)
         return
     with _Workers(context, workers) as pool:
-        waiting: deque[tuple[Chunk, Future[Scanned]]] = deque()
+        waiting: deque[Future[Scanned]] = deque()
         for chunk in chunks:
-            waiting.append((chunk, pool.scan(chunk)))
+            waiting.append(pool.scan(chunk))
             while len(waiting) > AHEAD * workers:
-                done, result = waiting.popleft()
-                yield done, result.result()
+                yield waiting.popleft().result()
         while waiting:
-            done, result = waiting.popleft()
-            yield done, result.result()
+            yield waiting.popleft().result()
 
 
 class _Workers:
@@ -67,7 +63,9 @@ class _Workers:
         environment = {
             **os.environ,
             # One thread each: there is a process for each core.
-            **{"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            "TOKENIZERS_PARALLELISM": "false",
+            "RAYON_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
         }
         for _ in range(count):
             process = subprocess.Popen(
@@ -107,8 +105,8 @@ class _Workers:
             answer = _receive(process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise ModelError(
-                f"A process that checks data ended with {process.wait()}. Where the machine is short "
-                "of memory, check with fewer workers."
+                f"A process that checks data ended with {process.wait()}. Where the machine is "
+                "short of memory, check with fewer workers."
             ) from error
         finally:
             self._free.put(process)
@@ -118,14 +116,14 @@ class _Workers:
         return answer
 
 
-def _send(stream: BinaryIO, value: object) -> None:
+def _send(stream: IO[bytes], value: object) -> None:
     content = pickle.dumps(value, protocol=5)
     stream.write(_SIZE.pack(len(content)))
     stream.write(content)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> Any:
+def _receive(stream: IO[bytes]) -> Any:
     """Read one value.
 
     Raises:

@@ -69,9 +69,7 @@ class Line:
         return self.value is None and self.findings[-1].code == "blank_line"
 
 
-def split_chunks(
-    stream: BinaryIO, file: str, *, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[Chunk]:
+def split_chunks(stream: BinaryIO, file: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """Cut a stream into chunks of whole lines, unpacked where it begins as gzip.
 
     A chunk has about `chunk_bytes`, and at most MAX_LINE_BYTES more.

@@ -16,32 +16,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rensa import RMinHash
 
 from outcrop.data.checks import personal, texts, tokens
 from outcrop.data.checks.texts import Texts
-from outcrop.data.columns import Columns, Ragged
+from outcrop.data.columns import Columns
 from outcrop.data.defects import Finding, Severity, Unusable
 from outcrop.data.formats import meant_format, read_content
 from outcrop.data.limits import TokenCheck
+from outcrop.data.near import label_hashes
 from outcrop.data.read import Chunk, Line, LineParser
 from outcrop.data.render import Renderer
 from outcrop.data.schemas import Content
-from outcrop.data.shingles import normalized, shingles, sketches, without
+from outcrop.data.shingles import normalized, shingles
 from outcrop.models.catalog import BaseModel
 
-NUM_HASHES = 64
-"""Of a MinHash signature, from which the bands are made."""
 MAX_LABEL_CHARACTERS = 60
 MAX_LABELS = 2000
 """Different completions; with more, or longer ones, completions are no labels."""
-MIN_ANSWER_WORDS = 20
-"""From here on two answers may differ in a word and still say the same."""
 SAMPLES_OF_CHUNK = 100
 MAX_SAMPLE_CHARACTERS = 400
 RULES = (*texts.RULES, personal.pii)
-
-_SEED = 7
 
 
 @dataclass(frozen=True)
@@ -53,10 +47,6 @@ class Context:
     batch_size: int
     folder: Path | None
     """Whose tokenizer and template count tokens; None counts none."""
-    common: NDArray[np.uint64]
-    """Hashes, sorted, of runs of words that most records have: they tell nothing."""
-    band_rows: int
-    """Hashes of a band, as `bands_for` returns it."""
     max_listed: int
 
 
@@ -73,6 +63,9 @@ class Scanned:
     """(line, finding), the first `max_listed` of each code."""
     columns: Columns | None = None
     """Of usable records; None where there is none."""
+    runs: NDArray[np.uint64] | None = None
+    run_ends: NDArray[np.int64] | None = None
+    """Of those records' prompts or documents, as `shingles` returns them."""
     num_no_label: int = 0
     labels: Counter[str] | None = None
     """Completions; None where they are too long or too many to be labels."""
@@ -80,14 +73,6 @@ class Scanned:
     """Lines whose completion is one letter."""
     samples: list[tuple[int, str]] = field(default_factory=list)
     """(line, beginning of its text) of some records."""
-
-
-def bands_for(threshold: float) -> int:
-    """Return how many hashes a band has, so that 99 of 100 pairs at a threshold share one."""
-    for rows in range(16, 1, -1):
-        if 1 - (1 - threshold**rows) ** (NUM_HASHES // rows) >= 0.99:
-            return rows
-    return 1
 
 
 class Scanner:
@@ -142,10 +127,12 @@ class Scanner:
         for finding in findings:
             work.report(line.number, finding)
         record = _texts(content)
+        # What stands in its place by now would be taken for damage of another kind.
+        had_surrogate = any(finding.code == "lone_surrogate" for finding in findings)
         if not content.is_opaque:
             for rule in RULES:
                 found = rule(record)
-                if found is not None:
+                if found is not None and not (had_surrogate and found.code == "mojibake"):
                     work.report(line.number, found)
         work.add(line, content, record, counted)
 
@@ -168,7 +155,8 @@ class Scanner:
     def _finished(self, work: _Work) -> Scanned:
         scanned = work.scanned
         if len(work.lines):
-            scanned.columns = work.columns(self._context.common, self._context.band_rows)
+            scanned.columns = work.columns()
+            scanned.runs, scanned.run_ends = work.runs()
         return scanned
 
 
@@ -181,7 +169,7 @@ class _Work:
         self._num_listed: Counter[str] = Counter()
         self.lines: list[int] = []
         self._digests: list[bytes] = []
-        self._prompts: list[str] = []
+        self._words: list[str] = []
         self._completions: list[str] = []
         self._counted: list[tokens.Counted] = []
         self._num_characters: list[int] = []
@@ -198,8 +186,8 @@ class _Work:
         completion = record.completion or ""
         self.lines.append(line.number)
         self._digests.append(_digest(content, line.value))
-        self._prompts.append(normalized(record.prompt))
-        self._completions.append(normalized(completion))
+        self._words.append(normalized(record.prompt))
+        self._completions.append(completion)
         self._counted.append(counted)
         self._num_characters.append(len(record.prompt) + len(completion))
         self._label(line.number, completion.strip())
@@ -219,23 +207,22 @@ class _Work:
         if len(labels) > MAX_LABELS:
             self.scanned.labels = None
 
-    def columns(self, common: NDArray[np.uint64], band_rows: int) -> Columns:
+    def columns(self) -> Columns:
         """Return the columns of all records that were added."""
-        hashes, ends = without(*shingles(self._prompts), common)
-        answers = [text if text.count(" ") >= MIN_ANSWER_WORDS else "" for text in self._completions]
         return Columns(
             file=np.zeros(len(self.lines), np.int32),
             line=np.array(self.lines, np.int64),
             content=np.frombuffer(b"".join(self._digests), np.uint64).reshape(-1, 2),
-            prompt=_keys(self._prompts),
-            completion=_keys(self._completions),
-            bands=_bands(hashes, ends, band_rows),
-            prompt_sketch=Ragged(*sketches(hashes, ends)),
-            completion_sketch=Ragged(*sketches(*shingles(answers))),
+            prompt=_keys(self._words),
+            completion=label_hashes(self._completions),
             num_characters=np.array(self._num_characters, np.uint32),
             num_input=np.array([counted.num_input for counted in self._counted], np.uint32),
             num_output=np.array([counted.num_output for counted in self._counted], np.uint32),
         )
+
+    def runs(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the runs of words of all records that were added."""
+        return shingles(self._words)
 
 
 def _texts(content: Content) -> Texts:
@@ -274,20 +261,3 @@ def _keys(words: Sequence[str]) -> NDArray[np.uint64]:
         for text in words
     )
     return np.frombuffer(digests, np.uint64)
-
-
-def _bands(
-    hashes: NDArray[np.uint64], ends: NDArray[np.int64], rows: int
-) -> NDArray[np.uint64]:
-    """Return [text, band] of the texts' MinHash signatures."""
-    offsets = np.concatenate(([0], ends)).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, NUM_HASHES, _SEED)
-    signatures = np.array(matrix.to_rows(), np.uint64).reshape(-1, NUM_HASHES)
-    num_bands = NUM_HASHES // rows
-    keys = signatures[:, : num_bands * rows].reshape(-1, num_bands, rows)
-    factors = np.random.default_rng(_SEED).integers(2**63, size=rows, dtype=np.uint64)
-    mixed = (keys * (2 * factors + np.uint64(1))).sum(axis=2, dtype=np.uint64)
-    bands: NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(29))
-    return bands
-
-

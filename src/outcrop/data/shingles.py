@@ -1,10 +1,10 @@
 """Turn texts into hashes of their runs of words, to find texts that say nearly the same.
 
-Case, white space, punctuation and the width of characters make no difference. A run is SHINGLE_WORDS
-words; where a script writes no spaces, a character counts as a word. All texts of a call are hashed
-together: an array operation costs what a few words cost one by one.
+Case, white space, punctuation and the width of characters make no difference. A run is
+SHINGLE_WORDS words; where a script writes no spaces, a character counts as a word. All texts of a
+call are hashed together: an array operation costs what a few words cost one by one.
 
-Source: Broder, "On the resemblance and containment of documents" (1997), for shingles and sketches.
+Source: Broder, "On the resemblance and containment of documents" (1997), for shingles.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHINGLE_WORDS = 3
-
-SKETCH_SIZE = 128
-"""Hashes that are kept of a text: the smallest ones. Up to so many, resemblance is exact; of longer
-texts it is estimated, with a standard deviation of 0.04 at most."""
 
 _NO_WORD = re.compile(r"[\W_]+")
 # Kana, ideographs, hangul and their extensions: what is written without spaces, or nearly.
@@ -82,81 +78,9 @@ def shingles(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64
     return _mixed(run[kept]), np.cumsum(num_kept).astype(np.int64)
 
 
-def without(
-    hashes: NDArray[np.uint64], ends: NDArray[np.int64], common: NDArray[np.uint64]
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Leave out what many texts have in common; a text that has nothing else keeps it.
-
-    Args:
-        common: sorted.
-    """
-    if not len(common) or not len(hashes):
-        return hashes, ends
-    place = np.minimum(np.searchsorted(common, hashes), len(common) - 1)
-    own = common[place] != hashes
-    text = text_of(ends)
-    num_own = np.bincount(text[own], minlength=len(ends))
-    own |= (num_own == 0)[text]
-    return hashes[own], np.cumsum(np.bincount(text[own], minlength=len(ends))).astype(np.int64)
-
-
-def common_shingles(texts: Sequence[str], *, share: float, least: int) -> NDArray[np.uint64]:
-    """Return the hashes, sorted, that stand in more than a share of some texts.
-
-    Args:
-        share: 0 to 1.
-        least: texts, at least.
-    """
-    hashes, ends = shingles(texts)
-    order = np.lexsort((text_of(ends), hashes))
-    hashes, texts_of = hashes[order], text_of(ends)[order]
-    is_first = np.ones(len(hashes), bool)
-    is_first[1:] = (hashes[1:] != hashes[:-1]) | (texts_of[1:] != texts_of[:-1])
-    found, counts = np.unique(hashes[is_first], return_counts=True)
-    return np.sort(found[(counts >= least) & (counts > share * len(texts))])
-
-
 def text_of(ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return for each hash the number of its text."""
     return np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-
-
-def sketches(
-    hashes: NDArray[np.uint64], ends: NDArray[np.int64]
-) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Keep the smallest different hashes of each text, in 32 bits and in rising order.
-
-    Returns:
-        (kept, ends): as `shingles` returns them.
-    """
-    text = text_of(ends).astype(np.uint64)
-    # One sort over all: the text's number in the upper half of the key, the hash in the lower.
-    # Sorting costs a fiftieth of numpy's own search for unique values.
-    keys = np.sort((text << np.uint64(32)) | (hashes >> np.uint64(32)))
-    keys = keys[np.concatenate(([True], keys[1:] != keys[:-1]))[: len(keys)]]
-    owner = (keys >> np.uint64(32)).astype(np.int64)
-    counts = np.bincount(owner, minlength=len(ends))
-    first = np.cumsum(counts) - counts
-    kept = np.arange(len(keys)) - first[owner] < SKETCH_SIZE
-    sizes = np.minimum(counts, SKETCH_SIZE)
-    low = (keys[kept] & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    return low, np.cumsum(sizes).astype(np.int64)
-
-
-def resemblance(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> float:
-    """Return the share, 0 to 1, of their runs of words that two texts have in common.
-
-    Args:
-        one, other: their sketches.
-    """
-    if not len(one) or not len(other):
-        return float(len(one) == len(other))
-    union = np.union1d(one, other)
-    if max(len(one), len(other)) == SKETCH_SIZE:
-        # Above a sketch's greatest hash nothing is known of its text.
-        union = union[:SKETCH_SIZE]
-    both = np.isin(union, one, assume_unique=True) & np.isin(union, other, assume_unique=True)
-    return float(both.mean())
 
 
 def _word_hashes(

@@ -2,9 +2,9 @@
 
 Most tokenizers cut a text into words before anything else, and no token crosses a cut. So the count
 of a text is the sum of its words' counts, and most words come again: they are looked up. Done where
-a text is ASCII, for which the cutting rule can be stated in Python's own regular expressions without
-a doubt about Unicode tables. Other text is cut only before a space and a letter of ASCII, where all
-these rules cut; a tokenizer of another kind encodes all of it.
+a text is ASCII, for which the cutting rule can be stated in Python's own regular expressions
+without a doubt about Unicode tables. Other text is cut only before a space and a letter of ASCII,
+where all these rules cut; a tokenizer of another kind encodes all of it.
 
 On English text this is about eight times as fast as encoding.
 """
@@ -69,8 +69,27 @@ class TokenCounter:
     def _agrees(self) -> bool:
         """Try the pattern on random texts of the kinds of characters it tells apart."""
         draw = random.Random(0)
-        kinds = (*string.ascii_letters[:30], *"0123456789", *" \n\t\r '\".,-_/(){}<>!?", "\x1c", *"é—’日\xa0")
-        pieces = (*kinds, "  ", "   ", "\n\n", "'s", "'ll", "'S", " the", "ing", "123", " 4", "\r\n")
+        kinds = (
+            *string.ascii_letters[:30],
+            *"0123456789",
+            *" \n\t\r '\".,-_/(){}<>!?",
+            "\x1c",
+            *"é—’日\xa0",
+        )
+        pieces = (
+            *kinds,
+            "  ",
+            "   ",
+            "\n\n",
+            "'s",
+            "'ll",
+            "'S",
+            " the",
+            "ing",
+            "123",
+            " 4",
+            "\r\n",
+        )
         return all(
             self.count(text) == len(self._tokenizer.encode(text))
             for text in ("".join(draw.choices(pieces, k=40)) for _ in range(_NUM_TRIALS))
@@ -92,7 +111,7 @@ class _Known(dict[str, int]):
 
 
 def _word_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return what finds the words of a text in ASCII; None where the tokenizer is not understood."""
+    """Return what finds the words of a text in ASCII; None where the rule is not understood."""
     plain = tokenizer.plain
     if plain.normalizer is not None or plain.pre_tokenizer is None:
         return None

@@ -1,23 +1,22 @@
-"""Rules over all records together: the same twice, nearly the same, and contradictions.
+"""Rules over all records together: the same twice, nearly the same, contradictions, and leaks.
 
-Records are told apart by the hashes in `Columns`. A near duplicate has words nearly like those of an
-earlier record, before the answer and in it; short answers must be the same, because a word makes
-another label of them.
+Records are told apart by the hashes in `Columns`. A near duplicate has words nearly like those
+of an earlier record before the answer, and the same words in it: a word makes another label of a
+short answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outcrop.data.columns import Columns
-from outcrop.data.shingles import resemblance
+from outcrop.data.near import NearIndex, label_hashes
 
-MAX_PAIRS_OF_ONE = 8
-"""Records of a band's bucket that each one is compared with: the first and the ones before it."""
+NO_ANSWER = label_hashes([""])[0]
+"""The hash of an answer that is not there."""
 
 
 @dataclass(frozen=True)
@@ -28,112 +27,106 @@ class Twin:
     twin: int
 
 
-def groups(keys: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
-    """Yield the places, rising, of keys that stand more than once.
+@dataclass(frozen=True)
+class Leak:
+    """A record that is also in a file that it must not be in."""
+
+    record: int
+    twin: int
+    is_same: bool
+    """Whether it is there as it stands; otherwise (nearly) the same prompt is."""
+
+
+def exact_duplicates(columns: Columns, places: range) -> list[Twin]:
+    """Return every record that says what an earlier one says.
+
+    Args:
+        places: the records of one role.
+    """
+    first = _first_of(columns.content[places.start : places.stop])
+    later = np.flatnonzero(first < np.arange(len(first)))
+    return [Twin(places.start + int(place), places.start + int(first[place])) for place in later]
+
+
+def near_duplicates(
+    columns: Columns, places: range, index: NearIndex, exact: list[Twin]
+) -> list[Twin]:
+    """Return records that say nearly what an earlier one says, and not exactly.
+
+    Args:
+        places: the records of one role.
+        index: the runs of words of all records, in the order of the columns.
+        exact: what `exact_duplicates` returned.
+    """
+    same = {pair.record: pair.twin for pair in exact}
+    found = index.twins(of=places)
+    near = {}
+    for record, twin in sorted(found.items()):
+        if record in same or twin < places.start:
+            continue
+        near[record] = same.get(twin, twin)
+    return [Twin(record, twin) for record, twin in near.items()]
+
+
+def conflicts(columns: Columns, places: range, exact: list[Twin]) -> list[Twin]:
+    """Return records with the prompt of an earlier one and another completion.
+
+    Args:
+        places: the records of one role.
+        exact: what `exact_duplicates` returned.
+    """
+    part = slice(places.start, places.stop)
+    prompts, completions = columns.prompt[part], columns.completion[part]
+    first = _first_of(prompts)
+    differs = (completions != completions[first]) & (prompts != 0)
+    differs &= (completions != NO_ANSWER) & (completions[first] != NO_ANSWER)
+    same = {pair.record for pair in exact}
+    return [
+        Twin(places.start + int(place), places.start + int(first[place]))
+        for place in np.flatnonzero(differs)
+        if places.start + int(place) not in same
+    ]
+
+
+def leaks(columns: Columns, of: range, among: range, index: NearIndex) -> list[Leak]:
+    """Return the records of one role that another role's files have too.
+
+    Args:
+        of: the records that should not be there, such as those of training.
+        among: the records that they are compared with, such as those of the test.
+    """
+    if not len(of) or not len(among):
+        return []
+    found: dict[int, Leak] = {}
+    for keys, is_same in ((columns.content, True), (columns.prompt, False)):
+        there = keys[among.start : among.stop]
+        here = keys[of.start : of.stop]
+        first = _first_of(np.concatenate((there, here)))[len(there) :]
+        is_leak = first < len(there)
+        if not is_same:
+            is_leak &= here != 0
+        for place in np.flatnonzero(is_leak):
+            record = of.start + int(place)
+            found.setdefault(record, Leak(record, among.start + int(first[place]), is_same))
+    for record, twin in index.twins(of=of, among=among).items():
+        found.setdefault(record, Leak(record, twin, False))
+    return [found[record] for record in sorted(found)]
+
+
+def _first_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return for each record the place of the first with the same key.
 
     Args:
         keys: [record] or [record, 2].
     """
-    order, starts, ends = _runs(keys)
-    for start, end in zip(starts, ends, strict=True):
-        if end - start > 1:
-            yield order[start:end]
-
-
-def first_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each record the place of the first with the same key."""
-    order, starts, ends = _runs(keys)
-    first = np.empty(len(keys), np.int64)
-    first[order] = np.repeat(order[starts], ends - starts)
-    return first
-
-
-def exact_duplicates(content: NDArray[np.uint64]) -> list[Twin]:
-    """Return every record that says what an earlier one says."""
-    first = first_of(content)
-    return [Twin(int(place), int(first[place])) for place in np.flatnonzero(first < _places(first))]
-
-
-def conflicts(columns: Columns, places: NDArray[np.int64]) -> list[Twin]:
-    """Return records with the prompt of an earlier one and another completion.
-
-    Args:
-        places: the records to look at, none of them an exact duplicate.
-    """
-    places = places[(columns.prompt[places] != 0) & (columns.completion[places] != 0)]
-    found = []
-    for group in groups(columns.prompt[places]):
-        members = places[group]
-        completions = columns.completion[members]
-        for place in np.flatnonzero(completions != completions[0]):
-            found.append(Twin(int(members[place]), int(members[0])))
-    return found
-
-
-def near_pairs(
-    columns: Columns, places: NDArray[np.int64], threshold: float
-) -> Iterator[tuple[int, int]]:
-    """Yield (earlier, later) records that say nearly the same, each pair once.
-
-    Args:
-        places: the records to look at, rising, none of them an exact duplicate of another.
-        threshold: share of their runs of words that they have in common, at least.
-    """
-    candidates = _candidates(columns, places)
-    for earlier, later in candidates:
-        if _is_near(columns, int(earlier), int(later), threshold):
-            yield int(earlier), int(later)
-
-
-def _is_near(columns: Columns, one: int, other: int, threshold: float) -> bool:
-    if columns.completion[one] != columns.completion[other]:
-        answers = columns.completion_sketch
-        first, second = answers.row(one), answers.row(other)
-        if not len(first) or not len(second) or resemblance(first, second) < threshold:
-            return False
-    if columns.prompt[one] == columns.prompt[other]:
-        return True
-    prompts = columns.prompt_sketch
-    return resemblance(prompts.row(one), prompts.row(other)) >= threshold
-
-
-def _candidates(columns: Columns, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return [pair, 2] places of records that share a band, sorted, each pair once."""
-    places = places[columns.prompt[places] != 0]
-    pairs = []
-    for band in range(columns.bands.shape[1]):
-        order, starts, ends = _runs(columns.bands[places, band])
-        start_of = np.repeat(starts, ends - starts)
-        here = np.arange(len(order))
-        for back in range(1, MAX_PAIRS_OF_ONE):
-            later = here[here - back >= start_of]
-            pairs.append(np.stack((order[later - back], order[later]), axis=1))
-        far = here[here - MAX_PAIRS_OF_ONE >= start_of]
-        pairs.append(np.stack((order[start_of[far]], order[far]), axis=1))
-    if not pairs:
-        return np.empty((0, 2), np.int64)
-    found = np.concatenate(pairs)
-    found = found[np.lexsort((found[:, 0], found[:, 1]))]
-    is_new = np.ones(len(found), bool)
-    is_new[1:] = (found[1:] != found[:-1]).any(axis=1)
-    return places[found[is_new]]
-
-
-def _runs(
-    keys: NDArray[np.uint64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Sort keys; return (order, starts, ends) of the runs of equal ones, each run rising."""
     if keys.ndim == 2:
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         changes = (keys[order][1:] != keys[order][:-1]).any(axis=1)
     else:
         order = np.argsort(keys, kind="stable")
         changes = keys[order][1:] != keys[order][:-1]
-    bounds = np.concatenate(([0], np.flatnonzero(changes) + 1, [len(order)]))
-    if not len(order):
-        bounds = np.zeros(1, np.int64)
-    return order, bounds[:-1], bounds[1:]
-
-
-def _places(array: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.arange(len(array))
+    starts = np.flatnonzero(np.concatenate(([True], changes))[: len(order)])
+    sizes = np.diff(np.concatenate((starts, [len(order)])))
+    first = np.empty(len(keys), np.int64)
+    first[order] = np.repeat(order[starts], sizes)
+    return first

@@ -11,15 +11,18 @@ import re
 from outcrop.data.checks.texts import Texts
 from outcrop.data.defects import Finding, Severity, shown
 
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,24}\b")
+_EMAIL = re.compile(
+    r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,24}\b"
+)
 _CARD = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,-]?\d)")
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
 _PHONE = re.compile(
-    r"(?<![\w+])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,4}(?!\d)"  # +1 (555)
-    r"|(?<![\w(])\(\d{3}\) ?\d{3}[-. ]\d{4}(?!\d)"  # (555) 010-0199
-    r"|(?<![\d.-])\d{3}[-.]\d{3}[-.]\d{4}(?![\d.-]*\d)"  # 555-010-0199
-    r"|(?<![\d-])0\d{1,4}-\d{1,4}-\d{4}(?![\d-])"  # 03-1234-5678
+    # +1 (555) 010-0199, (555) 010-0199, 555-010-0199, 03-1234-5678
+    r"(?<![\w+])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,4}(?!\d)"
+    r"|(?<![\w(])\(\d{3}\) ?\d{3}[-. ]\d{4}(?!\d)"
+    r"|(?<![\d.-])\d{3}[-.]\d{3}[-.]\d{4}(?![\d.-]*\d)"
+    r"|(?<![\d-])0\d{1,4}-\d{1,4}-\d{4}(?![\d-])"
 )
 # What each of them needs; most texts have neither, and are done with after these two.
 _NINE_DIGITS = re.compile(r"\d(?:[ ().-]{0,2}\d){8}")

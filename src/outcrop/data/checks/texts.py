@@ -38,8 +38,9 @@ class Texts:
 
 _TAG_NAMES = (
     "a abbr address area article aside audio b base blockquote body br button canvas caption cite "
-    "code col colgroup dd del details dfn div dl dt em embed fieldset figcaption figure font footer "
-    "form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input ins kbd label legend li link "
+    "code col colgroup dd del details dfn div dl dt em embed fieldset figcaption figure font "
+    "footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input ins kbd label legend li "
+    "link "
     "main map mark meta nav noscript object ol optgroup option p param pre q s samp script section "
     "select small source span strike strong style sub sup svg table tbody td template textarea "
     "tfoot th thead title tr tt u ul var video wbr"
@@ -75,7 +76,7 @@ def mojibake(texts: Texts) -> Finding | None:
     for name, text in texts.named:
         if text.isascii():
             continue
-        if badness(text):
+        if badness(text.replace(REPLACEMENT, " ")):
             return Finding(
                 "mojibake",
                 Severity.REPAIR,

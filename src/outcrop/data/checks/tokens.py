@@ -20,6 +20,9 @@ OUTLIER_DEVIATIONS = 8.0
 OUTLIER_TIMES = 8.0
 """A length is an outlier where it is so many times the median, and so many deviations (of the
 logarithms, by their median) above it."""
+MAX_OUTLIERS = 2
+MAX_OUTLIER_SHARE = 0.005
+"""Where more records are so long, they are another kind of record and no outliers."""
 
 
 @dataclass(frozen=True)
@@ -77,4 +80,7 @@ def outliers(lengths: NDArray[np.uint32]) -> tuple[NDArray[np.int64], float]:
     # 1.4826 makes of a median deviation what a standard deviation is for a normal distribution.
     deviation = 1.4826 * float(np.median(np.abs(logs - middle)))
     bound = middle + max(OUTLIER_DEVIATIONS * deviation, float(np.log(OUTLIER_TIMES)))
-    return np.flatnonzero(logs > bound), float(np.exp(middle))
+    found = np.flatnonzero(logs > bound)
+    if len(found) > max(MAX_OUTLIERS, MAX_OUTLIER_SHARE * len(lengths)):
+        found = found[:0]
+    return found, float(np.exp(middle))
