@@ -30,18 +30,23 @@ from outcrop.errors import (
     StopRequested,
     TrainingError,
 )
-from outcrop.jobs import artifacts, customization, memory
+from outcrop.jobs import artifacts, customization, data_task, memory
 from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
-from outcrop.store.rows import Job
+from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, Job
 from outcrop.train.memory import is_out_of_memory, peak_memory_bytes, spoils_the_process
 from outcrop.train.portions import gibibytes
 
 logger = logging.getLogger("outcrop.attempt")
 
 EXIT_UNFINISHED = 1
+STAGES: dict[str, Callable[[Settings, Engine, Job, StopFlag], None]] = {
+    CUSTOMIZATION: customization.run,
+    DATA_TASK: data_task.run,
+}
+"""What a job of each kind does."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a write that trying again cannot mend: full disk, quota, limit on a file's size."""
 
@@ -100,12 +105,12 @@ def run_attempt(
     fence: int,
     stop: StopFlag,
     *,
-    run: Callable[[Settings, Engine, Job, StopFlag], None] = customization.run,
+    run: Callable[[Settings, Engine, Job, StopFlag], None] | None = None,
 ) -> int:
     """Run the job's stages and end its row. Returns the process's exit code.
 
     Args:
-        run: the stages; tests have their own.
+        run: the stages; None takes those of the job's kind, and tests have their own.
     """
     try:
         with engine.connect() as connection:
@@ -113,7 +118,7 @@ def run_attempt(
         if job is None or job.fence != fence or job.status not in jobs.HELD:
             logger.warning("job %s is not held under fence %d any more", job_id, fence)
             return 0
-        run(settings, engine, job, stop)
+        (run or STAGES[job.kind])(settings, engine, job, stop)
     except StopRequested:
         return _end_stopped(engine, job_id, fence)
     except LeaseLost:
