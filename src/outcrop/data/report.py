@@ -132,7 +132,15 @@ def write_summary(report: Mapping[str, Any], *, seconds: float | None = None) ->
     took = "" if seconds is None else f" in {seconds:.1f} s"
     counts = ", ".join(f"{count:,} {name}" for name, count in report["counts"].items() if count)
     lines.append(f"{report['verdict']}{took}: {counts or 'nothing found'}")
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """Return a line without what a terminal would obey: names and values are somebody's data."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in line
+    )
 
 
 def _defect_line(defect: Mapping[str, Any]) -> str:

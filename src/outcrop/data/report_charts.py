@@ -77,7 +77,7 @@ def named_bars(title: str, rows: Sequence[tuple[str, int, str]]) -> str:
     parts = []
     for place, (name, count, colour) in enumerate(rows):
         y = place * _ROW
-        wide = max(width * count / most, 2)
+        wide = max(width * count / most, 2) if count else 0
         shown = name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
         parts.append(
             f"<g><title>{escape(name)}: {count:,}</title>"

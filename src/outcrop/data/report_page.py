@@ -14,7 +14,7 @@ from outcrop.data.report_charts import histogram, named_bars
 
 MAX_ROWS = 1000
 """Defects in the table; the JSON report lists as many as the check does."""
-_MAX_BARS = 24
+_MAX_BARS = 16
 _COLOURS = {
     "reject": "reject",
     "drop": "drop",
@@ -49,8 +49,9 @@ margin:14px 0;white-space:pre-wrap;overflow-wrap:anywhere}
 margin-top:16px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
 .card b{display:block;font-size:22px;line-height:1.3;font-variant-numeric:tabular-nums}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:16px}
-.chart{border:1px solid var(--line);border-radius:8px;padding:12px 14px;min-width:0}
+.charts{columns:2 440px;column-gap:16px}
+.chart{border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:0 0 16px;
+break-inside:avoid}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--dim);font-size:11.5px}
 .grid{stroke:var(--line)}.bar{fill:var(--bar)}.mark{stroke:var(--reject);stroke-dasharray:4 3}
 .reject{fill:var(--reject);color:var(--reject)}.drop{fill:var(--drop);color:var(--drop)}
