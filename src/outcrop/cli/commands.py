@@ -164,3 +164,11 @@ def models(options: argparse.Namespace) -> int:
         return 1
     print(json.dumps(describe_model(settings, found), indent=2, ensure_ascii=False))
     return 0
+
+
+def data(options: argparse.Namespace) -> int:
+    """Look at data files: check, stats, diff."""
+    from outcrop.cli import data_check
+
+    verbs = {"check": data_check.check, "stats": data_check.stats, "diff": data_check.diff}
+    return verbs[options.verb](_settings_and_data_dir(options), options)
