@@ -46,7 +46,11 @@ _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]")
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")
-_ODD_SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
+# Fixed spaces stay before French marks, after an opening one, and inside numbers.
+_ODD_SPACES = re.compile(
+    r"(?<!«)[\u00a0\u202f](?![;:!?»%€$£°])(?!(?<=\d.)\d)|[\u1680\u2000-\u2008\u200a\u205f]"
+    r"|\u2009(?!(?<=\d.)\d)"
+)
 _INVISIBLE = re.compile(
     "[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e"
     "\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff]"
@@ -142,8 +146,9 @@ def mend_encoding(text: str) -> str:
 def remove_controls(text: str) -> str:
     """Take out characters that do not show: controls, zero-width, direction marks, hidden tags.
 
-    Line and paragraph separators become line ends, fixed spaces ordinary ones; the ideographic
-    space stays. So do joiners inside emoji and in scripts that need them.
+    Line and paragraph separators become line ends, fixed spaces ordinary ones but where French and
+    numbers have them; the ideographic space stays. So do joiners inside emoji and in scripts that
+    need them.
     """
     if not _MAYBE_HIDDEN.search(text):
         return text

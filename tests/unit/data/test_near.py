@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outcrop.data import shingles
@@ -129,6 +129,7 @@ def test_the_same_texts_have_the_same_twins_however_they_came_in() -> None:
         assert index.twins() == twins(texts)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=12))
 def test_any_texts_can_be_compared(texts: list[str]) -> None:
     with NearIndex() as index:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outcrop.data.text import CODES, repair_text, shows_something
@@ -15,6 +15,7 @@ CLEAN = [
     "naïve café, Zürich, Łódź, Ελλάδα, Москва, हिन्दी, ไทย, عربي",
     "👩‍💻 and ❤️‍🔥 and 🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
     "می‌خواهم",
+    "Combien\u202f? «\u00a0Peu\u00a0», 10\u202f000\u00a0€, 20\u00a0%",
     "<context>\nText\n</context>\n<summary>of it</summary>",
     "<s>[INST] <<SYS>>\nBe brief\n<</SYS>> Hi [/INST]",
     "Write `<b>bold</b>` and\n```html\n<p>a &amp; b</p>\n```\nas they are.",
@@ -143,12 +144,14 @@ PIECES = st.lists(
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_repairing_twice_is_repairing_once(text: str) -> None:
     once, _ = repair_text(text)
     assert repair_text(once) == (once, [])
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_a_repaired_text_does_not_grow_and_can_be_written(text: str) -> None:
     mended, _ = repair_text(text)
