@@ -146,6 +146,34 @@ class NearIndex:
                 found[text] = other
         return found
 
+    def groups(self, *, progress: Callable[[int], None] | None = None) -> NDArray[np.int64]:
+        """Return for each text the first text of its group.
+
+        Texts are in one group where one is a twin of the other, or both are of a third, and so on;
+        whatever is in two groups is not nearly the same.
+
+        Args:
+            progress: as `twins` has it.
+        """
+        first = np.arange(self._num_texts)
+        if self._num_texts < 2:
+            return first
+
+        def root(text: int) -> int:
+            while first[text] != text:
+                first[text] = first[first[text]]
+                text = int(first[text])
+            return text
+
+        runs = _Runs(self._file, np.concatenate(self._sizes))
+        labels = np.concatenate(self._labels)
+        everything = range(self._num_texts)
+        for text, other in self._candidates(runs, labels, everything, None, progress):
+            one, two = root(text), root(other)
+            if one != two and _resemblance(runs.own(text), runs.own(other)) >= self.threshold:
+                first[max(one, two)] = min(one, two)
+        return np.array([root(text) for text in range(self._num_texts)], np.int64)
+
     def _candidates(
         self,
         runs: _Runs,

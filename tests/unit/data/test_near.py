@@ -79,6 +79,15 @@ def test_what_is_left_out_stands_for_nobody() -> None:
     assert found == {1: 0}  # the third is like the second only, and the second is gone
 
 
+def test_a_group_holds_what_is_like_anything_in_it() -> None:
+    rng = random.Random(9)
+    first = sentence(rng, 40).split()
+    chain = [first + [f"add{place}" for place in range(4 * step)] for step in range(3)]
+    with NearIndex() as index:
+        index.add_texts([sentence(rng), *(" ".join(words) for words in chain), sentence(rng)])
+        assert index.groups().tolist() == [0, 1, 1, 1, 4]
+
+
 def test_texts_without_words_have_no_twin() -> None:
     assert twins(["", "", "?!", "?!", " "]) == {}
 
