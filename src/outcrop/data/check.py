@@ -118,7 +118,7 @@ def check_files(
     )
     with NearIndex(near_threshold) as index:
         gathered = Gathered(index)
-        for number, scanned in _scan(itertools.chain(head, chunks), context, workers):
+        for number, scanned in _scan(itertools.chain(head, chunks), context, workers, renderer):
             _take_in(number, scanned, states[number], findings, gathered)
         for number, state in enumerate(states):
             if not state.num_records and not state.is_broken:
@@ -237,7 +237,10 @@ def _found_formats(
 
 
 def _scan(
-    chunks: Iterable[tuple[int, Chunk]], context: Context, workers: int
+    chunks: Iterable[tuple[int, Chunk]],
+    context: Context,
+    workers: int,
+    renderer: Renderer | None,
 ) -> Iterator[tuple[int, Scanned]]:
     """Yield (file number, what became of a chunk), in order."""
     numbers: deque[int] = deque()
@@ -247,7 +250,7 @@ def _scan(
             numbers.append(number)
             yield chunk
 
-    for scanned in scan_in_order(bare(), context, workers):
+    for scanned in scan_in_order(bare(), context, workers, renderer):
         yield numbers.popleft(), scanned
 
 

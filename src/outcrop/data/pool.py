@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from outcrop.data.read import Chunk
+from outcrop.data.render import Renderer
 from outcrop.data.scanning import Context, Scanned, Scanner
 from outcrop.errors import ModelError
 
@@ -30,16 +31,22 @@ AHEAD = 2
 _SIZE = struct.Struct("<Q")
 
 
-def scan_in_order(chunks: Iterable[Chunk], context: Context, workers: int) -> Iterator[Scanned]:
+def scan_in_order(
+    chunks: Iterable[Chunk],
+    context: Context,
+    workers: int,
+    renderer: Renderer | None = None,
+) -> Iterator[Scanned]:
     """Yield what became of each chunk, in order.
 
     Args:
         workers: processes beside this one; 0 scans here.
+        renderer: that of the context's folder, if it is loaded already.
     Raises:
         ModelError: the tokenizer cannot be used.
     """
     if workers == 0:
-        scanner = Scanner(context)
+        scanner = Scanner(context, renderer)
         for chunk in chunks:
             yield scanner.scan(chunk)
         return

@@ -78,15 +78,19 @@ class Scanned:
 class Scanner:
     """Scans chunks, one at a time; one for each process."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, renderer: Renderer | None = None) -> None:
         """Load the tokenizer, where tokens are counted.
 
+        Args:
+            renderer: that of the context's folder, if it is loaded already.
         Raises:
             ModelError: it cannot be used.
         """
         self._context = context
         self._parser = LineParser()
-        self._renderer = Renderer(context.folder) if context.folder else None
+        self._renderer = None
+        if context.folder is not None:
+            self._renderer = renderer or Renderer(context.folder)
         self._limits = TokenCheck(context.base, context.batch_size) if context.base else None
         self._body_family = context.base.body_family if context.base else ""
 

@@ -15,7 +15,7 @@ from outcrop.data.defects import Finding, Severity
 MIN_LETTERS = 40
 MIN_PROBABILITY = 0.99
 MIN_SAMPLE = 50
-MAX_SAMPLE = 1000
+MAX_SAMPLE = 400
 MIN_SHARE = 0.01
 """Of the sample that another language must have to be named."""
 MIN_MAIN_SHARE = 0.5
