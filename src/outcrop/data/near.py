@@ -74,6 +74,7 @@ class NearIndex:
         self._sizes: list[NDArray[np.int32]] = []
         self._labels: list[NDArray[np.uint64]] = []
         self._num_texts = 0
+        self._kept: tuple[_Runs, NDArray[np.uint32]] | None = None
 
     def __enter__(self) -> NearIndex:
         return self
@@ -135,11 +136,11 @@ class NearIndex:
         """
         if self._num_texts < 2:
             return {}
-        runs = _Runs(self._file, np.concatenate(self._sizes))
+        runs, buckets = self._sketched(progress)
         labels = np.concatenate(self._labels)
         asked = of or range(self._num_texts)
         found: dict[int, int] = {}
-        for text, other in self._candidates(runs, labels, asked, among, progress):
+        for text, other in self._candidates(runs, buckets, labels, asked, among):
             if text in found or (among is None and other in found):
                 continue
             if _resemblance(runs.own(text), runs.own(other)) >= self.threshold:
@@ -165,32 +166,40 @@ class NearIndex:
                 text = int(first[text])
             return text
 
-        runs = _Runs(self._file, np.concatenate(self._sizes))
+        runs, buckets = self._sketched(progress)
         labels = np.concatenate(self._labels)
         everything = range(self._num_texts)
-        for text, other in self._candidates(runs, labels, everything, None, progress):
+        for text, other in self._candidates(runs, buckets, labels, everything, None):
             one, two = root(text), root(other)
             if one != two and _resemblance(runs.own(text), runs.own(other)) >= self.threshold:
                 first[max(one, two)] = min(one, two)
         return np.array([root(text) for text in range(self._num_texts)], np.int64)
 
+    def _sketched(
+        self, progress: Callable[[int], None] | None
+    ) -> tuple[_Runs, NDArray[np.uint32]]:
+        """Return the runs of all texts and their buckets, which are made once."""
+        if self._kept is None or len(self._kept[0].sizes) != self._num_texts:
+            runs = _Runs(self._file, np.concatenate(self._sizes))
+            num_bands, rows = next(
+                (bands, rows) for least, bands, rows in _LAYOUTS if self.threshold >= least
+            )
+            self._kept = (runs, _buckets(runs, num_bands, rows, progress))
+        return self._kept
+
     def _candidates(
         self,
         runs: _Runs,
+        buckets: NDArray[np.uint32],
         labels: NDArray[np.uint64],
         of: range,
         among: range | None,
-        progress: Callable[[int], None] | None,
     ) -> Iterator[tuple[int, int]]:
         """Yield pairs (text, possible twin), by text and then by twin, each once."""
-        num_bands, rows = next(
-            (bands, rows) for least, bands, rows in _LAYOUTS if self.threshold >= least
-        )
-        buckets = _buckets(runs, num_bands, rows, progress)
-        buckets ^= (labels ^ (labels >> np.uint64(32))).astype(np.uint32)
+        label = (labels ^ (labels >> np.uint64(32))).astype(np.uint32)
         codes = np.empty(0, np.int64)
         for bucket in buckets:
-            text, other = _neighbours(bucket, among)
+            text, other = _neighbours(bucket ^ label, among)
             kept = (text >= of.start) & (text < of.stop)
             kept &= (labels[text] == labels[other]) & runs.is_comparable(
                 text, other, self.threshold
