@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from outcrop.data.check import DataFile
+from outcrop.data.facts import DataFile
+from outcrop.data.sources import local_file
 from outcrop.errors import DataError, ObjectStoreError
 from outcrop.ids import S3Uri, parse_s3_uri
 
@@ -24,28 +25,18 @@ def open_data_file(name: str, role: str) -> DataFile:
         name: a path, or `s3://bucket/key`.
         role: as `DataFile` has it.
     Raises:
-        DataError: it is a directory, is not there, or the URI names no object.
+        DataError: the URI names no object. That a file is not there is told when it is opened.
         ObjectStoreError: the object cannot be looked at.
     """
     if not name.startswith("s3://"):
-        return _local(name, role)
+        return local_file(Path(name), role)
     uri = parse_s3_uri(name)
     if uri is None or not uri.key or uri.key.endswith("/"):
         raise DataError(
-            f"{name} names no object. Write s3://bucket/key.", code="not_a_file", file=name
+            f"{name} names no object. Write s3://bucket/key.", code="unreadable_file", file=name
         )
     num_bytes = int(_call("head_object", uri)["ContentLength"])
     return DataFile(name, role, lambda: _open(uri), num_bytes)
-
-
-def _local(name: str, role: str) -> DataFile:
-    path = Path(name)
-    if path.is_dir():
-        raise DataError(f"{name} is a directory. Name the file.", code="not_a_file", file=name)
-    if not path.exists():
-        raise DataError(f"There is no file {name}.", code="not_a_file", file=name)
-    num_bytes = path.stat().st_size if path.is_file() else None
-    return DataFile(name, role, lambda: path.open("rb"), num_bytes)
 
 
 def _open(uri: S3Uri) -> AbstractContextManager[BinaryIO]:

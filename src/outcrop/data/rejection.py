@@ -22,7 +22,12 @@ _NOT_JSONL = frozenset(
     }
 )
 _BEDROCKS_LENGTHS = ("Max sum of input and output", "Maximum input", "Maximum output")
-_OTHER = frozenset({"too_long", "too_many_records", "changed_while_read", "too_few_records"})
+_OTHER = frozenset(
+    {
+        *("too_long", "too_many_records", "changed_while_read", "unreadable_file"),
+        "too_few_records",
+    }
+)
 """Codes whose own messages begin with Bedrock's sentence where it has one."""
 
 
@@ -72,7 +77,7 @@ def _with_bedrocks_words(
         found = next((facts.format for facts in files if facts.name == file), "")
         form = FORMS[found if found in formats else formats[0]]
         opening = f"Input data at {file} must follow '{form}' format."
-    return f"{opening} {said}"
+    return said if defect.message.startswith(opening) else f"{opening} {said}"
 
 
 def _said(defect: Defect) -> str:

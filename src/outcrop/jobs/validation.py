@@ -26,6 +26,7 @@ from outcrop.data.rejection import rejection
 from outcrop.data.render import Renderer
 from outcrop.data.report import Training, build_report, write_json
 from outcrop.data.report_page import write_page
+from outcrop.data.sources import local_file
 from outcrop.errors import DataError, LeaseLost, StopRequested
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts, memory
@@ -315,7 +316,7 @@ def describe_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
 
 
 def _data_file(item: Input) -> DataFile:
-    return DataFile(str(item.uri), item.role, lambda: item.path.open("rb"), item.num_bytes)
+    return local_file(item.path, item.role, name=str(item.uri))
 
 
 def _speed(engine: Engine, job: Job, base: BaseModel, plan: TrainPlan) -> dict[str, Any]:
