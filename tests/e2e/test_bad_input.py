@@ -573,7 +573,8 @@ def test_data_that_cannot_be_used_fails_the_job_with_file_and_line(
         assert absent not in job
     models = service.client("bedrock").list_custom_models(nameContains=f"defect-{number}-")
     assert models["modelSummaries"] == []
-    assert keys(service, "defects", f"out-{number}/model-") == []
+    written = {key.split("/", 2)[2] for key in keys(service, "defects", f"out-{number}/model-")}
+    assert written == {"data_report/report.html", "data_report/report.json"}
 
 
 @pytest.mark.slow
