@@ -175,9 +175,7 @@ class NearIndex:
                 first[max(one, two)] = min(one, two)
         return np.array([root(text) for text in range(self._num_texts)], np.int64)
 
-    def _sketched(
-        self, progress: Callable[[int], None] | None
-    ) -> tuple[_Runs, NDArray[np.uint32]]:
+    def _sketched(self, progress: Callable[[int], None] | None) -> tuple[_Runs, NDArray[np.uint32]]:
         """Return the runs of all texts and their buckets, which are made once."""
         if self._kept is None or len(self._kept[0].sizes) != self._num_texts:
             runs = _Runs(self._file, np.concatenate(self._sizes))
