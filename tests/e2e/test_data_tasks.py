@@ -146,7 +146,8 @@ def test_a_task_whose_process_is_killed_ends_as_if_it_had_not_been(
 def test_a_repeated_token_starts_one_task(service: Service, bucket: str, name: str) -> None:
     first = start(service, bucket, clientRequestToken=f"token-{name}")
     assert start(service, bucket, clientRequestToken=f"token-{name}") == first
-    wait(service, first)
+    found = wait(service, first)
+    assert found["verdict"] == "accepted", found["rejection"]
 
 
 def test_a_task_reads_with_the_permissions_of_its_role_only(

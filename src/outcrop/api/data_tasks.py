@@ -17,6 +17,7 @@ from outcrop.api.resources import TASK, find
 from outcrop.errors import ConflictException
 from outcrop.ids import data_task_arn, new_id
 from outcrop.jobs import queue
+from outcrop.jobs.data_task import JOB_NEEDS
 from outcrop.jobs.states import statuses_of, wire_status
 from outcrop.store import jobs
 from outcrop.store.database import transaction
@@ -46,6 +47,7 @@ def start(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             return {"taskArn": data_task_arn(context.region, context.account, replayed)}
         prepared = prepare(connection, context, params)
     check_objects(services.objects, prepared)
+    cores, memory_bytes = queue.job_needs(services.settings, prepared.base, prepared.plan)
     task_id = new_id()
     new_task = NewJob(
         id=task_id,
@@ -55,7 +57,11 @@ def start(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         arn=data_task_arn(context.region, context.account, task_id),
         name=task_id,
         owner_principal=context.principal.arn,
-        spec={**params, **prepared.spec},
+        spec={
+            **params,
+            **prepared.spec,
+            JOB_NEEDS: {"cores": cores, "memory_bytes": memory_bytes},
+        },
         stages=(params["kind"],),
         cores=_CORES,
         memory_bytes=_MEMORY_BYTES,

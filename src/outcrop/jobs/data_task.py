@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Engine
@@ -29,6 +30,8 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import Job
 
 CHECK, PREFLIGHT = "check", "preflight"
+JOB_NEEDS = "jobNeeds"
+"""In a task's row: the cores and the memory that a job with its members would ask for."""
 MAX_DEFECTS = 50
 """Defects that the row keeps; the report has more."""
 _OUTPUT_NAMES = {
@@ -116,7 +119,7 @@ def _does_not_fit(
     """Return why the job would not fit into memory, or None where it would."""
     data = validation.read_data(settings, job, base, start)
     try:
-        validation.settle(settings, engine, job, start, data)
+        validation.settle(settings, engine, replace(job, **job.spec[JOB_NEEDS]), start, data)
     except OutOfMemoryError as error:
         return str(error)
     return None

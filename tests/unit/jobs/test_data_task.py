@@ -28,7 +28,7 @@ from outcrop.errors import (
 from outcrop.identity import accounts
 from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, new_id, role_arn
-from outcrop.jobs import artifacts, customization, data_task, inputs, memory, validation
+from outcrop.jobs import artifacts, customization, data_task, inputs, validation
 from outcrop.jobs.attempt import StopFlag, run_attempt
 from outcrop.models.catalog import load_catalog
 from outcrop.models.describe import add_model
@@ -84,6 +84,7 @@ def spec(settings: Settings, **changes: Any) -> dict[str, Any]:
         "roleArn": role_arn(ACCOUNT, CUSTOMIZATION_ROLE),
         "customModelId": new_id(),
         "customModelName": "mine",
+        "jobNeeds": {"cores": 2, "memory_bytes": 4 << 30},
         **changes,
     }
 
@@ -176,13 +177,14 @@ def test_bad_data_are_told_in_the_words_that_the_job_fails_with(
 
 
 def test_a_preflight_says_that_a_job_would_not_fit_into_memory_and_a_check_does_not_look(
-    settings: Settings, engine: Engine, objects: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, engine: Engine, objects: MemoryStore
 ) -> None:
-    monkeypatch.setattr(memory, "given", lambda settings, num_bytes: 1 << 20)
-    told = run(settings, engine, held(settings, engine), objects)
+    needs = {"cores": 2, "memory_bytes": 1 << 20}
+    told = run(settings, engine, held(settings, engine, jobNeeds=needs), objects)
     assert "does not fit into memory" in told["rejection"]
     assert told["counts"]["reject"] == 0
-    checked = run(settings, engine, held(settings, engine, kind="check"), objects)
+    task = held(settings, engine, kind="check", jobNeeds=needs)
+    checked = run(settings, engine, task, objects)
     assert checked["verdict"] == "accepted"
 
 
