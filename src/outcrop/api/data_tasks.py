@@ -17,7 +17,6 @@ from outcrop.api.resources import TASK, find
 from outcrop.errors import ConflictException
 from outcrop.ids import data_task_arn, new_id
 from outcrop.jobs import queue
-from outcrop.jobs.data_task import JOB_NEEDS
 from outcrop.jobs.states import statuses_of, wire_status
 from outcrop.store import jobs
 from outcrop.store.database import transaction
@@ -60,7 +59,7 @@ def start(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         spec={
             **params,
             **prepared.spec,
-            JOB_NEEDS: {"cores": cores, "memory_bytes": memory_bytes},
+            queue.JOB_NEEDS: {"cores": cores, "memory_bytes": memory_bytes},
         },
         stages=(params["kind"],),
         cores=_CORES,

@@ -21,6 +21,7 @@ from outcrop.data.report import describe_defect
 from outcrop.errors import LeaseLost, ModelError, OutOfMemoryError, StopRequested
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts, validation
+from outcrop.jobs.queue import JOB_NEEDS
 from outcrop.jobs.validation import Checked, Start
 from outcrop.models.catalog import BaseModel, load_catalog
 from outcrop.objects.client import ObjectStore, object_store
@@ -30,8 +31,6 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import Job
 
 CHECK, PREFLIGHT = "check", "preflight"
-JOB_NEEDS = "jobNeeds"
-"""In a task's row: the cores and the memory that a job with its members would ask for."""
 MAX_DEFECTS = 50
 """Defects that the row keeps; the report has more."""
 _OUTPUT_NAMES = {

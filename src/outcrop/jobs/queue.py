@@ -27,6 +27,8 @@ from outcrop.train.plan import TrainPlan
 LEASE_SECONDS = 15.0
 """A heartbeat moves every second; one that has not for so long means that its holder is gone."""
 CORES_A_JOB = 2
+JOB_NEEDS = "jobNeeds"
+"""In the row of a data task: the cores and the memory that a job with its members would ask for."""
 TASK_SLOTS = 1
 """Data tasks that run at once beside the jobs, in a line of their own: a check that takes seconds
 must not wait for hours behind a training. They yield to everything else, and use one core."""
