@@ -31,10 +31,11 @@ def languages(samples: Sequence[tuple[str, str]]) -> tuple[Counter[str], dict[st
     """
     found: Counter[str] = Counter()
     first: dict[str, str] = {}
-    long = [(name, text) for name, text in samples if _num_letters(text) >= MIN_LETTERS]
+    some = samples[:: max(1, len(samples) // MAX_SAMPLE)]
+    long = [(name, text) for name, text in some if _num_letters(text) >= MIN_LETTERS]
     if len(long) < MIN_SAMPLE:
         return found, first
-    for name, text in long[:: max(1, len(long) // MAX_SAMPLE)]:
+    for name, text in long:
         language, probability = _identifier().classify(text)
         if probability >= MIN_PROBABILITY:
             found[language] += 1
