@@ -173,8 +173,8 @@ class _FileState:
 class _Counting:
     """Passes a stream on, takes its digest and counts its bytes."""
 
-    def __init__(self, stream: BinaryIO, report: Callable[[int], None]) -> None:
-        self._stream, self._report = stream, report
+    def __init__(self, stream: BinaryIO, file: DataFile, report: Callable[[int], None]) -> None:
+        self._stream, self._file, self._report = stream, file, report
         self.digest = hashlib.sha256()
         self.num_bytes = 0
 
@@ -182,6 +182,15 @@ class _Counting:
         block = self._stream.read(size)
         self.digest.update(block)
         self.num_bytes += len(block)
+        expected = self._file.num_bytes
+        if expected is not None and self.num_bytes > expected:
+            # Here and not at the end: what is written to without end is read without end.
+            raise DataError(
+                f"{self._file.name} grew while it was read: it had {expected:,} bytes. Check it "
+                "again when nothing writes to it.",
+                code="changed_while_read",
+                file=self._file.name,
+            )
         self._report(len(block))
         return block
 
@@ -204,7 +213,7 @@ def _chunks(
     for number, file in enumerate(files):
         try:
             with file.open() as stream:
-                counting = _Counting(stream, report)
+                counting = _Counting(stream, file, report)
                 try:
                     for chunk in split_chunks(cast(BinaryIO, counting), file.name):
                         yield number, chunk

@@ -134,12 +134,12 @@ def summarize(
             findings.add(0, None, imbalance)
     languages = _find_languages(gathered, findings)
     if TRAINING in counts:
-        usable = sum(fact.num_usable for fact in facts if fact.role == TRAINING)
+        num_records = counts[TRAINING]
         num_tokens = statistics.total.total if statistics else None
         has_validation = VALIDATION in first
         for finding in (
-            *amounts.amount(base, customization_type, usable, num_tokens),
-            *amounts.training_plan(hyper_parameters, usable, has_validation=has_validation),
+            *amounts.amount(base, customization_type, num_records, num_tokens),
+            *amounts.training_plan(hyper_parameters, num_records, has_validation=has_validation),
         ):
             findings.add(first[TRAINING], None, finding)
     return Check(

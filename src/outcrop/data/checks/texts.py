@@ -67,7 +67,6 @@ def html(texts: Texts) -> Finding | None:
 
 # -- encodings
 
-_C1 = re.compile(r"[\x80-\x9f]")
 REPLACEMENT = "\ufffd"
 
 
@@ -109,8 +108,10 @@ _ASCII_CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
 # The characters of a zero-width joiner's scripts: there it has a meaning, as between two emoji.
 _JOINING = "\u0600-\u08ff\u0900-\u0dff\u1000-\u109f\u1780-\u17ff\u200d\u2600-\u27bf\ufe0f"
 _JOINING += "\U0001f000-\U0001faff"
+_ALSO_OF_MOJIBAKE = frozenset(map(chr, (*range(0x80, 0xA1), 0xAD)))
+"""What a wrong encoding makes of bytes; where it did, that is the defect."""
 _HIDDEN = re.compile(
-    r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u180e\u200b\u200e\u200f\u2028\u2029\u202a-\u202e"
+    r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u180e\u200b\u200e\u200f\u2028\u2029\u202a-\u202e"
     r"\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
     rf"|(?<![{_JOINING}])[\u200c\u200d]|[\u200c\u200d](?![{_JOINING}])"
     # Fixed spaces: right before French marks, after an opening one, and inside numbers.
@@ -122,7 +123,12 @@ _HIDDEN = re.compile(
 def control_characters(texts: Texts) -> Finding | None:
     """Characters that do not show: controls, zero-width, direction marks, separators."""
     for name, text in texts.named:
-        found = (_ASCII_CONTROL if text.isascii() else _HIDDEN).search(text)
+        if text.isascii():
+            found = _ASCII_CONTROL.search(text)
+        else:
+            found = _HIDDEN.search(text)
+            if found and found[0] in _ALSO_OF_MOJIBAKE and badness(text):
+                found = None
         if found:
             character = found[0]
             called = unicodedata.name(character, "a control character")
@@ -131,14 +137,6 @@ def control_characters(texts: Texts) -> Finding | None:
                 Severity.REPAIR,
                 f"{name} holds U+{ord(character):04X} ({called}) at character {found.start() + 1}.",
                 f"U+{ord(character):04X}",
-            )
-        found = None if text.isascii() else _C1.search(text)
-        if found and not badness(text):
-            return Finding(
-                "control_characters",
-                Severity.REPAIR,
-                f"{name} holds U+{ord(found[0]):04X} at character {found.start() + 1}.",
-                f"U+{ord(found[0]):04X}",
             )
     return None
 
