@@ -7,18 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TYPES = (
-    *("FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION", "REINFORCEMENT_FINE_TUNING"),
-    *("EVALUATION", "BATCH_INFERENCE"),
-)
-"""What data may be for; `data/formats.py` has their formats."""
+from outcrop.cli.data_making import TYPES, add_making
 
 
 def add_data(
     subcommands: Any, common: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]
 ) -> None:
     """Add the command with its verbs."""
-    help = "Look at data files, before anything is done with them."
+    help = "Look at data files, and make better ones of them."
     data = subcommands.add_parser("data", help=help, description=help, parents=[common])
     data.set_defaults(run=run)
     verbs = data.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -34,6 +30,7 @@ def add_data(
     diff.add_argument("old", metavar="OLD", help="the earlier version")
     diff.add_argument("new", metavar="NEW", help="the later version")
     _add_json(diff)
+    add_making(verbs, common)
 
 
 def _add_files(verb: argparse.ArgumentParser) -> None:

@@ -6,7 +6,11 @@ Objects are read with the caller's own credentials, wherever AWS clients of this
 from __future__ import annotations
 
 import io
-from contextlib import AbstractContextManager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -35,12 +39,62 @@ def open_data_file(name: str, role: str) -> DataFile:
         raise DataError(
             f"{name} names no object. Write s3://bucket/key.", code="unreadable_file", file=name
         )
-    num_bytes = int(_call("head_object", uri)["ContentLength"])
-    return DataFile(name, role, lambda: _open(uri), num_bytes)
+    found = _call("head_object", uri)
+    return DataFile(name, role, lambda: _open(uri, found["ETag"]), int(found["ContentLength"]))
 
 
-def _open(uri: S3Uri) -> AbstractContextManager[BinaryIO]:
-    return cast("BinaryIO", io.BufferedReader(_Body(_call("get_object", uri)["Body"]), _READ_BYTES))
+def counted(data: DataFile, progress: Callable[[int], None] | None) -> DataFile:
+    """Return a file that tells how many bytes of it were read, over all readings."""
+    if progress is None:
+        return data
+    tell = progress
+    num_read = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal num_read
+        num_read += num_bytes
+        tell(num_read)
+
+    @contextmanager
+    def opened() -> Iterator[BinaryIO]:
+        with data.open() as stream:
+            yield cast("BinaryIO", io.BufferedReader(_Counted(stream, count), _READ_BYTES))
+
+    return replace(data, open=opened)
+
+
+@contextmanager
+def local_copy(data: DataFile) -> Iterator[Path]:
+    """Give a path under which the content lies on this machine, for what must jump about in it."""
+    if not data.name.startswith("s3://"):
+        yield Path(data.name)
+        return
+    with tempfile.NamedTemporaryFile(prefix="outcrop-") as copy, data.open() as stream:
+        shutil.copyfileobj(stream, copy, _READ_BYTES)
+        copy.flush()
+        yield Path(copy.name)
+
+
+class _Counted(io.RawIOBase):
+    """A stream that tells how much is read of it; closing it leaves the other open."""
+
+    def __init__(self, stream: BinaryIO, count: Callable[[int], None]) -> None:
+        self._stream, self._count = stream, count
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self._count(len(content))
+        return len(content)
+
+
+def _open(uri: S3Uri, etag: str) -> AbstractContextManager[BinaryIO]:
+    """Open the very object that was looked at: another one under its name is refused."""
+    body = _call("get_object", uri, IfMatch=etag)["Body"]
+    return cast("BinaryIO", io.BufferedReader(_Body(body), _READ_BYTES))
 
 
 class _Body(io.RawIOBase):
@@ -67,15 +121,21 @@ class _Body(io.RawIOBase):
         super().close()
 
 
-def _call(operation: str, uri: S3Uri) -> Any:
+def _call(operation: str, uri: S3Uri, **arguments: str) -> Any:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        return getattr(boto3.client("s3"), operation)(Bucket=uri.bucket, Key=uri.key)
+        return getattr(boto3.client("s3"), operation)(Bucket=uri.bucket, Key=uri.key, **arguments)
     except ClientError as error:
         found = error.response.get("Error", {})
         code, message = str(found.get("Code", "")), str(found.get("Message", ""))
+        if code in ("PreconditionFailed", "412"):
+            raise DataError(
+                f"{uri} changed while it was read. Try again when nothing writes to it.",
+                code="changed_while_read",
+                file=str(uri),
+            ) from error
         raise ObjectStoreError(code, f"{message} ({uri})") from error
     except BotoCoreError as error:
         raise ObjectStoreError(
