@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -308,17 +310,19 @@ class _Work:
         cleaning = self._cleaning
         if not (cleaning.drops_exact_duplicates or cleaning.drops_near_duplicates or against):
             return _Plan("", {})
-        places: list[tuple[str, int]] = []
+        lines = array("q")
+        starts: list[int] = []
+        files = (self._data, *against)
         with NearIndex(cleaning.near_threshold) as index:
             records = Records(index)
-            for file in (self._data, *against):
+            for file in files:
+                starts.append(len(lines))
                 reading = self if file is self._data else self._beside(file)
                 for record in reading.records():
                     if record.finding is None and record.content is not None:
                         records.add(record.content)
-                        places.append((file.name, record.line.number))
-                if file is self._data:
-                    num_own = len(records)
+                        lines.append(record.line.number)
+            num_own = starts[1] if against else len(lines)
             twins: dict[int, tuple[str, str, int]] = {}
             for repeat in records.repeats(
                 num_own,
@@ -326,14 +330,11 @@ class _Work:
                 near=cleaning.drops_near_duplicates,
             ):
                 code = "exact_duplicate" if repeat.is_same else "near_duplicate"
-                twins[places[repeat.place][1]] = (code, *places[repeat.twin])
-            codes = {
-                file.name: "test_leak" if file.role == TEST else "validation_leak"
-                for file in against
-            }
+                twins[lines[repeat.place]] = (code, self._data.name, lines[repeat.twin])
             for repeat in records.leaks(num_own, near=cleaning.drops_near_duplicates):
-                file_name, line = places[repeat.twin]
-                twins[places[repeat.place][1]] = (codes[file_name], file_name, line)
+                file = files[bisect_right(starts, repeat.twin) - 1]
+                code = "test_leak" if file.role == TEST else "validation_leak"
+                twins[lines[repeat.place]] = (code, file.name, lines[repeat.twin])
         return _Plan(self.original_digest, twins)
 
     def _beside(self, file: DataFile) -> _Work:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from outcrop.data.near import NearIndex
 from outcrop.data.schemas import Content
 
+DIGEST_BYTES = 16
 _BATCH_RECORDS = 1024
 
 
@@ -35,17 +36,17 @@ class Records:
 
     def __init__(self, index: NearIndex) -> None:
         self._index = index
-        self._digests: list[bytes] = []
+        self._digests = bytearray()
         self._prompts: list[str] = []
         self._answers: list[str] = []
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return len(self._digests) // DIGEST_BYTES
 
     def add(self, content: Content) -> None:
         """Add a record."""
         prompt, answer = said(content)
-        self._digests.append(digest(content))
+        self._digests += digest(content)
         self._prompts.append(prompt)
         self._answers.append(answer)
         if len(self._prompts) == _BATCH_RECORDS:
@@ -97,7 +98,8 @@ class Records:
         Args:
             preferred: records from this place on come before all others.
         """
-        keys = np.frombuffer(b"".join(self._digests[: places.stop]), np.uint64).reshape(-1, 2)
+        keys = np.frombuffer(bytes(self._digests[: places.stop * DIGEST_BYTES]), np.uint64)
+        keys = keys.reshape(-1, 2)
         places_of = np.arange(len(keys))
         rank = np.where(places_of >= preferred, places_of, places_of + len(keys))
         order = np.lexsort((rank, keys[:, 1], keys[:, 0]))
@@ -121,8 +123,8 @@ def said(content: Content) -> tuple[str, str]:
 
 
 def digest(content: Content) -> bytes:
-    """Return 16 bytes that stand for all that a record says."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return DIGEST_BYTES that stand for all that a record says."""
+    found = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for role, text in _parts(content):
         encoded = text.encode("utf-8", "surrogatepass")
         found.update(f"{role} {len(encoded)} ".encode())

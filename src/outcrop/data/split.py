@@ -27,7 +27,7 @@ from outcrop.data.formats import read_content, record_error
 from outcrop.data.near import DEFAULT_THRESHOLD, NearIndex
 from outcrop.data.output import check_target, write_whole
 from outcrop.data.read import empty_file, line_error, scan_lines
-from outcrop.data.repeats import digest, said
+from outcrop.data.repeats import DIGEST_BYTES, digest, said
 from outcrop.data.schemas import Content
 from outcrop.errors import DataError
 
@@ -139,14 +139,17 @@ class _Records:
     labels: NDArray[np.int32]
     """The number of each one's label; 0 where completions are no labels."""
     label_names: tuple[str, ...]
-    digests: tuple[bytes, ...]
+    digests: bytes
+    """DIGEST_BYTES of each, one after the other."""
 
     def keys(self, seed: int) -> NDArray[np.uint64]:
         """Return a number for each record that looks drawn, and follows from what it says."""
         salt = str(seed).encode()
         found = (
-            hashlib.blake2b(said_digest, digest_size=8, key=salt).digest()
-            for said_digest in self.digests
+            hashlib.blake2b(
+                self.digests[start : start + DIGEST_BYTES], digest_size=8, key=salt
+            ).digest()
+            for start in range(0, len(self.digests), DIGEST_BYTES)
         )
         return np.frombuffer(b"".join(found), np.uint64)
 
@@ -244,8 +247,7 @@ def _look(
 ) -> tuple[_Records, str]:
     """Read a file and find out which of its records belong together."""
     reading = hashlib.sha256()
-    digests: list[bytes] = []
-    prompts: list[bytes] = []
+    digests, prompts = bytearray(), bytearray()
     names: dict[str, int] = {}
     labels: list[int] = []
     held: list[str] = []
@@ -253,8 +255,8 @@ def _look(
     with NearIndex(near_threshold) as index:
         for _, content in _records(data, formats, reading):
             prompt, answer = said(content)
-            digests.append(digest(content))
-            prompts.append(hashlib.blake2b(prompt.encode(), digest_size=8).digest())
+            digests += digest(content)
+            prompts += hashlib.blake2b(prompt.encode(), digest_size=8).digest()
             held.append(prompt)
             answer = answer.strip()
             if counts is not None:
@@ -266,17 +268,17 @@ def _look(
                 index.add_texts(held)
                 held = []
                 if progress:
-                    progress(len(digests))
+                    progress(len(labels))
         if held:
             index.add_texts(held)
-        groups = _joined(index.groups(), np.frombuffer(b"".join(prompts), np.uint64))
+        groups = _joined(index.groups(), np.frombuffer(bytes(prompts), np.uint64))
     is_labelled = counts is not None and are_labels(counts)
     return (
         _Records(
             groups,
             np.array(labels if is_labelled else [0] * len(labels), np.int32),
             tuple(names) if is_labelled else (),
-            tuple(digests),
+            bytes(digests),
         ),
         reading.hexdigest(),
     )
