@@ -21,6 +21,10 @@ DATA_REPORT_JSON = "data_report/report.json"
 DATA_REPORT_PAGE = "data_report/report.html"
 INPUT_STATUS = "input_status/manifest.report.csv"
 VALIDATED_DATA = "validated_data/{role}/validated_prompts.jsonl"
+CLEANED_DATA = "cleaned_data/{role}.jsonl"
+CLEANING_LOG = "cleaned_data/{role}.changes.jsonl"
+CLEANED_REPORT_JSON = "cleaned_data/report.json"
+CLEANED_REPORT_PAGE = "cleaned_data/report.html"
 VALIDATION_METRICS = (
     "validation_artifacts/post_fine_tuning_validation/validation/validation_metrics.csv",
     "validation_artifacts/post_fine_tuning_validation/validation_metrics.csv",

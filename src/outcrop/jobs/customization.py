@@ -11,15 +11,16 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
 
 from outcrop.errors import LeaseLost, ModelError, StopRequested, TrainingError
-from outcrop.ids import custom_model_arn
+from outcrop.ids import S3Uri, custom_model_arn
 from outcrop.jobs import artifacts, memory, validation
+from outcrop.jobs.cleaning import clean_inputs
 from outcrop.jobs.parents import ADAPTER_MEMBER, describe_adapter
 from outcrop.jobs.reporting import Reporter
 from outcrop.jobs.validation import Data, Start
@@ -31,6 +32,7 @@ from outcrop.store.database import transaction
 from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
 from outcrop.train.memory import bounded_memory, reserved_bytes
+from outcrop.train.own_parameters import CLEAN
 
 if TYPE_CHECKING:
     from outcrop.evaluate.parity import Parity
@@ -73,17 +75,25 @@ def run(
     start = validation.begin(settings, engine, objects, job, base, should_stop)
     plan, output = start.plan, start.output
     folder = artifacts.output_folder(output, job.id)
-    checked = validation.check_inputs(settings, engine, job, base, start, folder, should_stop)
+    report_uri = folder.join(artifacts.DATA_REPORT_PAGE)
+    checked = validation.check_inputs(settings, engine, job, base, start, report_uri, should_stop)
     validation.write_report(engine, objects, job, checked.report, folder)
     if checked.refusal is not None:
         raise checked.refusal
     validation.write_accepted(engine, objects, job, checked.check, start.inputs, folder)
-    data = validation.read_data(settings, job, base, start)
-    portions = validation.settle(settings, engine, job, start, data)
+    lineage = validation.describe_inputs(start.inputs)
+    cleans = plan.data_policy == CLEAN
+    if not cleans:
+        data = validation.read_data(settings, job, base, start)
+        portions = validation.settle(settings, engine, job, start, data)
     _check_stop(should_stop)
     stage.end("validation")
 
     stage.begin("dataProcessing")
+    if cleans:
+        start, lineage = _clean(settings, engine, objects, job, base, start, folder, should_stop)
+        data = validation.read_data(settings, job, base, start)
+        portions = validation.settle(settings, engine, job, start, data)
     if len(start.inputs) == 1 and plan.evaluation_percentage:
         data = Data(*plan.split(data.training))
     _check_stop(should_stop)
@@ -153,7 +163,34 @@ def run(
         "served as trained: the loss of %d records is %.4f, and was %.4f",
         *(parity.num_records, parity.served_loss, parity.trained_loss),
     )
-    _publish(settings, engine, job, base, start, result, parity)
+    _publish(settings, engine, job, base, start, lineage, result, parity)
+
+
+def _clean(
+    settings: Settings,
+    engine: Engine,
+    objects: ObjectStore,
+    job: Job,
+    base: BaseModel,
+    start: Start,
+    folder: S3Uri,
+    should_stop: Callable[[], bool],
+) -> tuple[Start, list[dict[str, Any]]]:
+    """Clean the data and check what comes of it; returns what to train on, and the lineage."""
+    cleaned = clean_inputs(settings, engine, objects, job, base, start, folder, should_stop)
+    lineage = validation.describe_inputs(start.inputs)
+    for row in lineage:
+        row["cleaned"] = cleaned.described[row["s3Uri"]]
+    start = replace(start, inputs=cleaned.inputs)
+    names = (artifacts.CLEANED_REPORT_JSON, artifacts.CLEANED_REPORT_PAGE)
+    checked = validation.check_inputs(
+        *(settings, engine, job, base, start, folder.join(names[1]), should_stop),
+        made_from=cleaned.made_from,
+    )
+    validation.write_report(engine, objects, job, checked.report, folder, names)
+    if checked.refusal is not None:
+        raise checked.refusal
+    return start, lineage
 
 
 class _Stages:
@@ -198,6 +235,7 @@ def _publish(
     job: Job,
     base: BaseModel,
     start: Start,
+    lineage: list[dict[str, Any]],
     result: TrainResult,
     parity: Parity,
 ) -> None:
@@ -238,7 +276,7 @@ def _publish(
         spec={
             **job.spec,
             ADAPTER_MEMBER: describe_adapter(start.plan),
-            "data": validation.describe_inputs(start.inputs),
+            "data": lineage,
         },
         metrics=metrics,
         artifact_path=str(folder.relative_to(settings.data_dir)),

@@ -97,7 +97,8 @@ def _check(
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     folder = artifacts.task_folder(start.output, job.id)
-    checked = validation.check_inputs(settings, engine, job, base, start, folder, should_stop)
+    report_uri = folder.join(artifacts.DATA_REPORT_PAGE)
+    checked = validation.check_inputs(settings, engine, job, base, start, report_uri, should_stop)
     refusal = None if checked.refusal is None else checked.refusal.message
     if job.spec["kind"] == PREFLIGHT and refusal is None:
         refusal = _does_not_fit(settings, engine, job, base, start)

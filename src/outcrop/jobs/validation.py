@@ -124,13 +124,16 @@ def check_inputs(
     job: Job,
     base: BaseModel,
     start: Start,
-    folder: S3Uri,
+    report_uri: S3Uri,
     should_stop: Callable[[], bool],
+    *,
+    made_from: Mapping[str, str] | None = None,
 ) -> Checked:
     """Check the files of a job as it would train on them.
 
     Args:
-        folder: below which the report will be, for the message.
+        report_uri: where the report will be, for the message.
+        made_from: as `build_report` takes it.
     Raises:
         StopRequested: `should_stop` answered True.
     """
@@ -156,7 +159,6 @@ def check_inputs(
         max_validation_records=settings.max_validation_records,
         progress=on_progress,
     )
-    report_uri = folder.join(artifacts.DATA_REPORT_PAGE)
     refusal = rejection(check, base.formats(customization_type), report=str(report_uri))
     speed = _speed(engine, job, base, start.plan)
     training = Training(
@@ -169,6 +171,7 @@ def check_inputs(
         model_name=base.full_name,
         training=training,
         rejection=None if refusal is None else refusal.message,
+        made_from=made_from,
     )
     logger.info("the data were checked in %.2f s: %s", check.seconds, check.verdict)
     return Checked(check, report, refusal)
@@ -227,17 +230,19 @@ def settle(settings: Settings, engine: Engine, job: Job, start: Start, data: Dat
 
 
 def write_report(
-    engine: Engine, objects: ObjectStore, job: Job, report: Mapping[str, Any], folder: S3Uri
+    engine: Engine,
+    objects: ObjectStore,
+    job: Job,
+    report: Mapping[str, Any],
+    folder: S3Uri,
+    names: tuple[str, str] = (artifacts.DATA_REPORT_JSON, artifacts.DATA_REPORT_PAGE),
 ) -> dict[str, bytes]:
     """Write the report below a folder, for programs and for people; returns it by name.
 
     Raises:
         LeaseLost: another attempt holds the job; nothing was written.
     """
-    files = {
-        artifacts.DATA_REPORT_JSON: write_json(report),
-        artifacts.DATA_REPORT_PAGE: write_page(report),
-    }
+    files = {names[0]: write_json(report), names[1]: write_page(report)}
     check_lease(engine, job)
     for name, content in files.items():
         objects.write(folder.join(name), content)
