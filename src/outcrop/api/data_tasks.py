@@ -14,7 +14,7 @@ from outcrop.api.context import RequestContext
 from outcrop.api.job_requests import check_objects, prepare
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import TASK, find
-from outcrop.errors import ConflictException
+from outcrop.errors import ConflictException, ValidationException
 from outcrop.ids import data_task_arn, new_id
 from outcrop.jobs import queue
 from outcrop.jobs.states import statuses_of, wire_status
@@ -28,8 +28,10 @@ _MEMORY_BYTES = 1 << 30
 """What a check of 100,000 records may take; told to who looks, and no bound on what starts."""
 _ECHOED = (
     *("roleArn", "baseModelArn", "customizationType", "hyperParameters", "trainingDataConfig"),
-    *("validationDataConfig", "outputDataConfig"),
+    *("validationDataConfig", "outputDataConfig", "splitConfig", "convertConfig"),
 )
+_CONFIGS = {"splitConfig": "split", "convertConfig": "convert"}
+"""Members that belong to one kind of task."""
 _FOUND = ("verdict", "rejection", "counts", "countsByCode", "defects", "files", "outputs")
 
 
@@ -44,6 +46,7 @@ def start(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         replayed = find_replay(connection, token)
         if replayed is not None:
             return {"taskArn": data_task_arn(context.region, context.account, replayed)}
+        _check_config(params)
         prepared = prepare(connection, context, params)
     check_objects(services.objects, prepared)
     cores, memory_bytes = queue.job_needs(services.settings, prepared.base, prepared.plan)
@@ -107,6 +110,26 @@ def stop(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
                 "InProgress can be stopped."
             )
     return {}
+
+
+def _check_config(params: dict[str, Any]) -> None:
+    """Refuse what belongs to another kind of task, and a conversion without a target."""
+    kind = params["kind"]
+    for member, owner in _CONFIGS.items():
+        if member in params and kind != owner:
+            raise ValidationException(
+                f"{member} is for tasks of kind {owner}, and this one is of kind {kind}. Leave it "
+                "out."
+            )
+    if kind == "convert" and "convertConfig" not in params:
+        raise ValidationException(
+            "convertConfig.targetFormat must say which format the records are to have."
+        )
+    if kind == "split" and params.get("validationDataConfig", {}).get("validators"):
+        raise ValidationException(
+            "A split makes the validation data out of the training data. Leave "
+            "validationDataConfig out."
+        )
 
 
 def _describe(connection: Connection, task: Job) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine
@@ -18,11 +19,10 @@ from sqlalchemy import Engine
 from outcrop.data.clean import Cleaned, Cleaning, Model, clean_file
 from outcrop.data.limits import TRAINING
 from outcrop.data.render import Renderer
-from outcrop.data.sources import local_file
-from outcrop.errors import LeaseLost, StopRequested, TrainingError
+from outcrop.errors import LeaseLost, TrainingError
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts
-from outcrop.jobs.inputs import ASK_BYTES, Input
+from outcrop.jobs.inputs import Input, asking, data_file
 from outcrop.jobs.validation import Start, check_lease, note
 from outcrop.models.catalog import BaseModel
 from outcrop.objects.client import ObjectStore
@@ -70,75 +70,93 @@ def clean_inputs(
         LeaseLost: another attempt holds the job.
     """
     work = artifacts.work_folder(settings, job.id, job.fence) / CLEANED
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    model = Model(base, start.plan.batch_size, Renderer(start.weights))
-    formats = base.formats(job.spec["customizationType"])
-    inputs: list[Input] = []
-    made_from: dict[str, str] = {}
-    described: dict[str, dict[str, Any]] = {}
-    for item in start.inputs:
-        others = [other for other in start.inputs if other is not item and item.role == TRAINING]
-        target = work / f"{item.role}.jsonl"
-        log = work / f"{item.role}.changes.jsonl"
-        found = clean_file(
-            local_file(item.path, item.role, name=str(item.uri)),
-            target,
-            log,
-            Cleaning(),
-            formats,
-            model=model,
-            against=[local_file(other.path, other.role, name=str(other.uri)) for other in others],
-            progress=_asking(should_stop),
-        )
-        uri = folder.join(artifacts.CLEANED_DATA.format(role=item.role))
-        log_uri = folder.join(artifacts.CLEANING_LOG.format(role=item.role))
-        inputs.append(
-            replace(
-                item,
-                uri=uri,
-                path=target,
-                sha256=found.digest,
-                num_bytes=found.num_output_bytes,
-            )
-        )
-        made_from[str(uri)] = str(item.uri)
-        described[str(item.uri)] = _describe(found, uri, log_uri)
+    files = clean_files(job, base, start, work, folder, should_stop)
+    described = {str(file.original.uri): file.described() for file in files}
     _check_same(job, described)
     note(engine, job, **{CLEANED: described})
     _tell(engine, job, described)
-    for item in inputs:
-        check_lease(engine, job)
-        objects.write(item.uri, item.path)
-        log = work / f"{item.role}.changes.jsonl"
-        objects.write(folder.join(artifacts.CLEANING_LOG.format(role=item.role)), log)
-    return CleanedInputs(tuple(inputs), made_from, described)
+    for file in files:
+        for uri, path in ((file.uri, file.path), (file.log_uri, file.log_path)):
+            check_lease(engine, job)
+            objects.write(uri, path)
+    made_from = {str(file.uri): str(file.original.uri) for file in files}
+    return CleanedInputs(tuple(file.as_input() for file in files), made_from, described)
 
 
-def _asking(should_stop: Callable[[], bool]) -> Callable[[int], None]:
-    asked_at = 0
+@dataclass(frozen=True)
+class CleanedFile:
+    """One file, cleaned."""
 
-    def on_progress(num_bytes: int) -> None:
-        nonlocal asked_at
-        if num_bytes - asked_at >= ASK_BYTES:
-            asked_at = num_bytes
-            if should_stop():
-                raise StopRequested
+    original: Input
+    found: Cleaned
+    path: Path
+    """The cleaned file, here."""
+    log_path: Path
+    """Its change log, here."""
+    uri: S3Uri
+    """Where the cleaned file is to be in the owner's bucket."""
+    log_uri: S3Uri
 
-    return on_progress
+    def as_input(self) -> Input:
+        """Return the cleaned file as a data file of a job."""
+        return replace(
+            self.original,
+            uri=self.uri,
+            path=self.path,
+            sha256=self.found.digest,
+            num_bytes=self.found.num_output_bytes,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """Return what rows record of it."""
+        return {
+            "s3Uri": str(self.uri),
+            "log": str(self.log_uri),
+            "originalSha256": self.found.original_digest,
+            "sha256": self.found.digest,
+            "numRecords": self.found.num_records,
+            "numOutputRecords": self.found.num_output_records,
+            "actions": dict(self.found.actions),
+            "counts": dict(self.found.counts),
+        }
 
 
-def _describe(found: Cleaned, uri: S3Uri, log_uri: S3Uri) -> dict[str, Any]:
-    return {
-        "s3Uri": str(uri),
-        "log": str(log_uri),
-        "originalSha256": found.original_digest,
-        "sha256": found.digest,
-        "numRecords": found.num_records,
-        "numOutputRecords": found.num_output_records,
-        "actions": dict(found.actions),
-        "counts": dict(found.counts),
-    }
+def clean_files(
+    job: Job,
+    base: BaseModel,
+    start: Start,
+    work: Path,
+    folder: S3Uri,
+    should_stop: Callable[[], bool],
+) -> list[CleanedFile]:
+    """Clean the files of a job into a folder of this machine.
+
+    Args:
+        folder: below which they are to be in the owner's bucket; nothing is written there.
+    Raises:
+        DataError, StopRequested: as `clean_inputs` has them.
+    """
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    model = Model(base, start.plan.batch_size, Renderer(start.weights))
+    files = []
+    for item in start.inputs:
+        others = [other for other in start.inputs if other is not item and item.role == TRAINING]
+        path, log_path = work / f"{item.role}.jsonl", work / f"{item.role}.changes.jsonl"
+        found = clean_file(
+            data_file(item),
+            path,
+            log_path,
+            Cleaning(),
+            base.formats(job.spec["customizationType"]),
+            model=model,
+            against=[data_file(other) for other in others],
+            progress=asking(should_stop),
+        )
+        uri = folder.join(artifacts.CLEANED_DATA.format(role=item.role))
+        log_uri = folder.join(artifacts.CLEANING_LOG.format(role=item.role))
+        files.append(CleanedFile(item, found, path, log_path, uri, log_uri))
+    return files
 
 
 def _check_same(job: Job, described: Mapping[str, dict[str, Any]]) -> None:

@@ -1,9 +1,10 @@
 """The stages of a data task: work on data files without a customization job.
 
 A preflight is the validation stage of a job with the same members, and says what the job would say.
-A check is the same without a look at memory. What comes of a task is in its row and in the owner's
-bucket. Its objects depend on the data alone, and each becomes visible whole or not at all: an
-attempt that follows a killed one writes the same ones again.
+A check is the same without a look at memory; the other kinds make files (`making.py`). What comes
+of a task is in its row and in the owner's bucket. Its objects depend on the data alone, and each
+becomes visible whole or not at all: an attempt that follows a killed one writes the same ones
+again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from outcrop.data.defects import SEVERITIES
 from outcrop.data.report import describe_defect
 from outcrop.errors import LeaseLost, ModelError, OutOfMemoryError, StopRequested
 from outcrop.ids import S3Uri
-from outcrop.jobs import artifacts, validation
+from outcrop.jobs import artifacts, making, validation
 from outcrop.jobs.queue import JOB_NEEDS
 from outcrop.jobs.validation import Checked, Start
 from outcrop.models.catalog import BaseModel, load_catalog
@@ -52,8 +53,9 @@ def run(
     Args:
         objects: where the task's places are; None takes the store of the settings.
     Raises:
-        ValidationException, ModelError, TrainingError, ObjectStoreError: the task fails, with the
-            error's text as its reason. Data that cannot be trained on are no such error.
+        DataError, ValidationException, ModelError, TrainingError, ObjectStoreError: the task fails,
+            with the error's text as its reason. That a check finds data which cannot be trained on
+            is no such error.
         StopRequested: `should_stop` answered True.
         LeaseLost: another attempt holds the task.
     """
@@ -68,8 +70,15 @@ def run(
     start = validation.begin(settings, engine, objects, job, base, should_stop)
     # At once: whatever an attempt after this one says, it says of the same bytes.
     validation.note(engine, job, data=start.digests.found)
-    result = _check(settings, engine, objects, job, base, start, should_stop)
-    message = f"The data are {result['verdict']}."
+    if kind in (CHECK, PREFLIGHT):
+        result = _check(settings, engine, objects, job, base, start, should_stop)
+        message = f"The data are {result['verdict']}."
+    else:
+        folder = artifacts.task_folder(start.output, job.id)
+        made = making.make(settings, job, base, start, folder, should_stop)
+        outputs = making.write_made(engine, objects, job, folder, made)
+        result = {"files": validation.describe_inputs(start.inputs), "outputs": outputs}
+        message = f"{len(outputs)} files were written below {folder}."
     with transaction(engine) as connection:
         done = jobs.complete_task(connection, job.id, job.fence, result=result, message=message)
     if not done:

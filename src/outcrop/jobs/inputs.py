@@ -15,7 +15,9 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from outcrop.data.facts import DataFile
 from outcrop.data.limits import TRAINING, VALIDATION
+from outcrop.data.sources import local_file
 from outcrop.errors import StopRequested
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, parse_s3_uri
@@ -108,12 +110,32 @@ def _fetch(
     digests: DataDigests,
     should_stop: Callable[[], bool],
 ) -> Input:
-    num_bytes = asked_at = 0
+    num_bytes = 0
+    on_progress = asking(should_stop)
     with digests.reading(objects, uri) as stream, path.open("wb") as file:
         while block := stream.read(_BLOCK_BYTES):
             num_bytes += file.write(block)
-            if num_bytes - asked_at >= ASK_BYTES:
-                asked_at = num_bytes
-                if should_stop():
-                    raise StopRequested
+            on_progress(num_bytes)
     return Input(role, uri, path, digests.found[str(uri)], num_bytes)
+
+
+def data_file(item: Input) -> DataFile:
+    """Return an input as the data room takes it: the copy, under the name of the object."""
+    return local_file(item.path, item.role, name=str(item.uri))
+
+
+def asking(should_stop: Callable[[], bool]) -> Callable[[int], None]:
+    """Return a callback that takes the bytes read so far, and asks every ASK_BYTES whether to stop.
+
+    It raises StopRequested where the answer is yes.
+    """
+    asked_at = 0
+
+    def on_progress(num_bytes: int) -> None:
+        nonlocal asked_at
+        if num_bytes - asked_at >= ASK_BYTES:
+            asked_at = num_bytes
+            if should_stop():
+                raise StopRequested
+
+    return on_progress

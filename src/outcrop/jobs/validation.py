@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from outcrop.data.check import Check, DataFile, FileFacts, check_files
+from outcrop.data.check import Check, FileFacts, check_files
 from outcrop.data.examples import Rendered, read_examples
 from outcrop.data.limits import TRAINING, VALIDATION, check_total_records
 from outcrop.data.records import Example
@@ -26,12 +26,18 @@ from outcrop.data.rejection import rejection
 from outcrop.data.render import Renderer
 from outcrop.data.report import Training, build_report, write_json
 from outcrop.data.report_page import write_page
-from outcrop.data.sources import local_file
-from outcrop.errors import DataError, LeaseLost, StopRequested
+from outcrop.errors import DataError, LeaseLost
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts, memory
 from outcrop.jobs.digests import DataDigests
-from outcrop.jobs.inputs import ASK_BYTES, Input, check_places, fetch_inputs, validation_uri
+from outcrop.jobs.inputs import (
+    Input,
+    asking,
+    check_places,
+    data_file,
+    fetch_inputs,
+    validation_uri,
+)
 from outcrop.jobs.parents import parent_artifact, plan_parent
 from outcrop.models.catalog import BaseModel
 from outcrop.models.weights import ensure_weights
@@ -138,18 +144,9 @@ def check_inputs(
         StopRequested: `should_stop` answered True.
     """
 
-    asked_at = 0
-
-    def on_progress(num_bytes: int) -> None:
-        nonlocal asked_at
-        if num_bytes - asked_at >= ASK_BYTES:
-            asked_at = num_bytes
-            if should_stop():
-                raise StopRequested
-
     customization_type = job.spec["customizationType"]
     check = check_files(
-        [_data_file(item) for item in start.inputs],
+        [data_file(item) for item in start.inputs],
         base=base,
         customization_type=customization_type,
         batch_size=start.plan.batch_size,
@@ -157,7 +154,7 @@ def check_inputs(
         hyper_parameters=start.plan.hyper_parameters,
         max_training_records=settings.max_training_records,
         max_validation_records=settings.max_validation_records,
-        progress=on_progress,
+        progress=asking(should_stop),
     )
     refusal = rejection(check, base.formats(customization_type), report=str(report_uri))
     speed = _speed(engine, job, base, start.plan)
@@ -318,10 +315,6 @@ def describe_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
         }
         for item in inputs
     ]
-
-
-def _data_file(item: Input) -> DataFile:
-    return local_file(item.path, item.role, name=str(item.uri))
 
 
 def _speed(engine: Engine, job: Job, base: BaseModel, plan: TrainPlan) -> dict[str, Any]:

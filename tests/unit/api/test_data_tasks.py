@@ -141,6 +141,27 @@ def test_what_a_job_would_be_refused_for_is_refused_with_the_same_words(
     assert data_tasks.list_(context("ListDataTasks"), {})["dataTaskSummaries"] == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kind": "convert"}, "convertConfig.targetFormat must say"),
+        ({"splitConfig": {"seed": 1}}, "splitConfig is for tasks of kind split"),
+        (
+            {
+                "kind": "split",
+                "validationDataConfig": {"validators": [{"s3Uri": f"s3://{BUCKET}/x.jsonl"}]},
+            },
+            "Leave validationDataConfig out",
+        ),
+    ],
+)
+def test_members_of_another_kind_are_refused(
+    context: Context, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValidationException, match=says):
+        start(context, **changes)
+
+
 @pytest.mark.parametrize("allowed", ["bedrock:CreateModelCustomizationJob", "iam:PassRole"])
 def test_who_may_not_start_a_task_or_pass_the_role_is_refused(
     context: Context, allowed: str

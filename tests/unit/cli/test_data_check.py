@@ -13,8 +13,8 @@ from tests.assets import tiny_tokenizer as tiny
 from tests.assets.tiny_model import write_tiny_model
 
 from outcrop.cli import EXIT_ERROR, main
-from outcrop.cli.data import TYPES
 from outcrop.cli.data_check import CLEAN, REJECTED, WARNINGS, measured_speed, progress_bar
+from outcrop.cli.data_making import TYPES
 from outcrop.data.formats import DATA_KINDS
 from outcrop.data.report import SCHEMA
 from outcrop.models.catalog import load_catalog

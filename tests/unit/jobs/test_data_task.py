@@ -316,7 +316,6 @@ def test_a_stop_is_heard_while_a_large_file_is_brought_here_and_while_it_is_chec
     settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "ASK_BYTES", 100)
-    monkeypatch.setattr(validation, "ASK_BYTES", 100)
     objects = MemoryStore(**{TRAINING.key: GOOD})
     for heard in (1, 2):
         task = held(settings, engine)
@@ -385,3 +384,86 @@ def test_what_is_only_worth_a_look_is_reported_and_trained_as_it_stands(
     kept = objects.content[folder.join(artifacts.VALIDATED_DATA.format(role="training"))]
     assert kept == dirty
     assert now(engine, job).status == "completed"
+
+
+# --- tasks that make files ------------------------------------------------------------------------
+
+
+def made(objects: MemoryStore, result: dict[str, Any]) -> dict[str, list[Any]]:
+    """The records of each output, after its digest and counts were compared."""
+    found = {}
+    for item in result["outputs"]:
+        content = objects.content[S3Uri(BUCKET, item["s3Uri"].removeprefix(f"s3://{BUCKET}/"))]
+        assert hashlib.sha256(content).hexdigest() == item["sha256"]
+        assert len(content) == item["numBytes"]
+        records = [json.loads(line) for line in content.splitlines()]
+        assert item.get("records", len(records)) == len(records)
+        found[item["name"]] = records
+    return found
+
+
+def test_a_task_cleans_files_and_leaves_the_original_alone(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    html = {"prompt": "<b>bold</b> question", "completion": " yes"}
+    dirty = lines(*TINY, TINY[0], html)
+    objects.write(TRAINING, dirty)
+    result = run(settings, engine, held(settings, engine, kind="clean"), objects)
+    found = made(objects, result)
+    assert {**html, "prompt": "bold question"} in found["cleaned/training"]
+    assert len(found["cleaned/training"]) <= 11, "one stood there twice"
+    assert len(found["changes/training"]) >= 4, "head, two changes, end"
+    assert objects.content[TRAINING] == dirty
+    assert result["files"][0]["sha256"] == hashlib.sha256(dirty).hexdigest()
+
+
+def test_a_task_splits_by_seed_and_share(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    names = ("anna", "ben", "clara", "david", "emma", "felix", "greta", "hans", "ida", "jonas")
+    records = [
+        {"prompt": f"Where does {name} live?", "completion": f" In house {7 * place} of the hill."}
+        for place, name in enumerate(names)
+    ]
+    objects.write(TRAINING, lines(*records))
+
+    def split(**config: Any) -> dict[str, list[Any]]:
+        task = held(settings, engine, kind="split", splitConfig=config)
+        return made(objects, run(settings, engine, task, objects))
+
+    parts = split(validationPercentage=30.0, seed=1)
+    assert (len(parts["split/training"]), len(parts["split/validation"])) == (7, 3)
+    both = [*parts["split/training"], *parts["split/validation"]]
+    assert sorted(map(str, both)) == sorted(map(str, records))
+    assert split(validationPercentage=30.0, seed=1) == parts
+    assert split(validationPercentage=30.0, seed=2) != parts
+    assert len(split()["split/validation"]) == 1
+
+
+def test_a_task_converts_records_and_fails_with_the_line_of_one_that_it_cannot(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    def convert() -> Job:
+        config = {"targetFormat": "claude-messages"}
+        return held(settings, engine, kind="convert", convertConfig=config)
+
+    found = made(objects, run(settings, engine, convert(), objects))["converted/training"]
+    assert found[0]["messages"][0] == {"role": "user", "content": "question 0"}
+    assert len(found) == 10
+    objects.write(TRAINING, BAD)
+    with pytest.raises(DataError, match="line 11") as raised:
+        data_task.run(settings, engine, convert(), lambda: False, objects=objects)
+    assert raised.value.line == 11
+
+
+@pytest.mark.parametrize("kind", ["clean", "split", "convert"])
+def test_an_attempt_that_lost_its_lease_makes_nothing_in_the_bucket(
+    settings: Settings, engine: Engine, objects: MemoryStore, kind: str
+) -> None:
+    config = {"convertConfig": {"targetFormat": "conversation"}} if kind == "convert" else {}
+    task = held(settings, engine, kind=kind, **config)
+    with transaction(engine) as connection:
+        assert jobs.requeue(connection, task.id, task.fence, "taken away")
+    with pytest.raises(LeaseLost):
+        data_task.run(settings, engine, task, lambda: False, objects=objects)
+    assert not [uri for uri in objects.content if "data-task" in uri.key]
