@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ def write_summary(report: Mapping[str, Any], *, seconds: float | None = None) ->
     for row in report["codes"]:
         counts = ", ".join(f"{count:,} {name}" for name, count in row["counts"].items())
         lines.append(f"{row['code']}: {counts}. {row['summary']}")
-    lines += [_defect_line(defect) for defect in report["defects"][:_SHOWN_DEFECTS]]
+    lines += [_defect_line(defect) for defect in gravest_first(report["defects"])[:_SHOWN_DEFECTS]]
     num_defects = sum(report["counts"].values())
     if num_defects > _SHOWN_DEFECTS:
         lines.append(f"  ... {num_defects - _SHOWN_DEFECTS:,} more")
@@ -133,6 +133,11 @@ def write_summary(report: Mapping[str, Any], *, seconds: float | None = None) ->
     counts = ", ".join(f"{count:,} {name}" for name, count in report["counts"].items() if count)
     lines.append(f"{report['verdict']}{took}: {counts or 'nothing found'}")
     return "\n".join(map(_printable, lines))
+
+
+def gravest_first(defects: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the defects of a report by severity, those of one severity in their order."""
+    return sorted(defects, key=lambda defect: SEVERITIES.index(Severity(defect["severity"])))
 
 
 def _printable(line: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from outcrop.data.report import gravest_first
 from outcrop.data.report_charts import histogram, named_bars
 
 MAX_ROWS = 1000
@@ -61,7 +62,7 @@ svg{display:block;width:100%;height:auto}svg text{fill:var(--dim);font-size:11.5
 th,td{text-align:left;vertical-align:top;padding:6px 10px;border-bottom:1px solid var(--line)}
 th{color:var(--dim);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 code{font:12.5px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-td.severity{font-weight:600;white-space:nowrap}
+code.key{white-space:nowrap}.where{display:block;min-width:150px}
 """
 
 
@@ -211,7 +212,7 @@ def _codes(report: Mapping[str, Any]) -> str:
     rows = [
         (
             _severity(severity),
-            f"<code>{escape(row['code'])}</code>",
+            f'<code class="key">{escape(row["code"])}</code>',
             _number(count),
             escape(row["summary"]),
             escape(row["remedy"]),
@@ -250,12 +251,12 @@ def _defects(report: Mapping[str, Any]) -> str:
     rows = [
         (
             _severity(defect["severity"]),
-            f"<code>{escape(defect['code'])}</code>",
-            f"<code>{escape(_where(defect))}</code>",
+            f'<code class="key">{escape(defect["code"])}</code>',
+            f'<code class="where">{escape(_where(defect))}</code>',
             escape(defect["message"]) + _twin(defect),
             f"<code>{escape(defect['value'])}</code>",
         )
-        for defect in defects[:MAX_ROWS]
+        for defect in gravest_first(defects)[:MAX_ROWS]
     ]
     note = ""
     if len(rows) < num_defects:

@@ -90,6 +90,7 @@ def test_the_summary_names_files_lines_counts_and_the_verdict() -> None:
         "rejected in 0.2 s: 1 reject, 1 drop, 7 repair, 1 advice",
     ):
         assert part in text
+    assert text.index(f"{TRAIN}:3: reject") < text.index(f"{TRAIN}: advice"), "gravest first"
     assert write_summary(build_report(clean_check())).endswith("clean: nothing found")
 
 
