@@ -41,6 +41,7 @@ from outcrop.data.mend import mend_record
 from outcrop.data.near import DEFAULT_THRESHOLD, NearIndex, check_threshold
 from outcrop.data.output import check_target, write_whole
 from outcrop.data.read import Line, LineParser, empty_file, line_error, split_chunks
+from outcrop.data.recognition import main_format
 from outcrop.data.render import Renderer
 from outcrop.data.repeats import Records
 from outcrop.data.schemas import Content
@@ -149,7 +150,8 @@ def clean_file(
         data: the original; opened twice, and a few lines more for each file of `against`.
         target: where the cleaned file is written.
         log: where the change log is written; it is there before the cleaned file is.
-        formats: those that are taken, as `formats.formats_for` returns them.
+        formats: those that are taken, as `formats.formats_for` returns them; without a model, only
+            the one of them that most records have.
         model: whose token limits hold; None holds records against none.
         against: validation or test files; a record that one of them has too is left out.
         packed: whether the cleaned file is packed with gzip.
@@ -168,7 +170,8 @@ def clean_file(
     sources = [Path(file.name) for file in (data, *against) if not file.name.startswith("s3://")]
     for path in (target, log):
         check_target(path, sources, force=force)
-    work = _Work(data, cleaning, tuple(formats), model, progress)
+    taken = tuple(formats) if model else main_format(data, formats)
+    work = _Work(data, cleaning, taken, model, progress)
     plan = work.plan(against)
     # The log takes its place first: no cleaned file is ever without one.
     with write_whole(target, packed=packed) as out, write_whole(log) as log_out:

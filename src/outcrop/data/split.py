@@ -27,6 +27,7 @@ from outcrop.data.formats import read_content, record_error
 from outcrop.data.near import DEFAULT_THRESHOLD, NearIndex
 from outcrop.data.output import check_target, write_whole
 from outcrop.data.read import empty_file, line_error, scan_lines
+from outcrop.data.recognition import main_format
 from outcrop.data.repeats import DIGEST_BYTES, digest, said
 from outcrop.data.schemas import Content
 from outcrop.errors import DataError
@@ -74,7 +75,8 @@ def split_file(
     Args:
         data: opened twice.
         training, validation: where the two are written.
-        formats: those that are taken, as `formats.formats_for` returns them.
+        formats: those that are taken, as `formats.formats_for` returns them; of several, only the
+            one that most records have.
         share: of the records, for validation; above 0 and below 1. Met exactly where groups allow.
         seed: another one gives another split.
         near_threshold: as in near.NearIndex.
@@ -100,6 +102,7 @@ def split_file(
     sources = [] if data.name.startswith("s3://") else [Path(data.name)]
     for path in (training, validation):
         check_target(path, sources, force=force)
+    formats = main_format(data, formats)
     records, content_digest = _look(data, formats, near_threshold, progress)
     chosen = choose(
         records.groups, records.labels, Fraction(str(share)), records.keys(seed), data.name

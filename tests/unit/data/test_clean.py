@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.assets.smollm2 import smollm2_folder
 
+from outcrop.data.check import check_files
 from outcrop.data.clean import Cleaned, Cleaning, Model, clean_file
 from outcrop.data.clean_log import read_log, undo
+from outcrop.data.defects import Severity
 from outcrop.data.facts import TEST, VALIDATION, DataFile
-from outcrop.data.formats import PROMPT_COMPLETION, formats_for
+from outcrop.data.formats import formats_for
 from outcrop.data.html import find_html
 from outcrop.data.output import write_whole
 from outcrop.data.render import Renderer
@@ -244,7 +246,7 @@ def test_every_repair_of_a_dirty_set_leaves_its_clean_lines_alone(
 ) -> None:
     dirty = shared_data / "dirty" / "dirty-pairs.jsonl"
     key = [json.loads(each) for each in dirty.with_suffix(".key.jsonl").read_bytes().splitlines()]
-    _, _, log = clean(tmp_path, dirty.read_bytes(), formats=(PROMPT_COMPLETION,))
+    _, _, log = clean(tmp_path, dirty.read_bytes())
     said = {entry["line"]: entry for entry in log}
     for entry in key:
         number, verdict = entry["line"], entry["verdict"]
@@ -257,6 +259,37 @@ def test_every_repair_of_a_dirty_set_leaves_its_clean_lines_alone(
         if verdict == "repair":
             assert said[number]["action"] == "repair", entry
             assert entry["defect"] in [change["code"] for change in said[number]["changes"]]
+
+
+def test_a_check_finds_nothing_left_to_repair_or_drop(tmp_path: Path) -> None:
+    one, two = prompts(2)
+    dirt = [
+        "<p>{}</p>",
+        "{}&nbsp;&lt;br&gt;",
+        "\u200b{}",
+        "  {}  \n",
+        "cafÃ© {}",
+        "{}\0",
+        "\ud83d{}",
+    ]
+    texts = [form.format(text) for form, text in zip(dirt, prompts(len(dirt) + 2)[2:], strict=True)]
+    texts += [one, one, one.upper(), two]
+    content = b"\r\n".join(json.dumps(pair(text, more=1)).encode() for text in texts)
+    clean(tmp_path, b"\xef\xbb\xbf" + content)
+    found = check_files([local_file(tmp_path / "cleaned.jsonl")], workers=0)
+    left = (Severity.REJECT, Severity.DROP, Severity.REPAIR)
+    assert [found.count(severity) for severity in left] == [0, 0, 0]
+    assert found.files[0].num_usable == len(dirt) + 2
+
+
+def test_a_check_of_a_cleaned_dirty_set_leaves_only_what_people_decide(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    clean(tmp_path, (shared_data / "dirty" / "dirty-pairs.jsonl").read_bytes())
+    found = check_files([local_file(tmp_path / "cleaned.jsonl")], workers=0)
+    assert found.verdict == "warnings"
+    assert not found.count(Severity.DROP)
+    assert not found.count(Severity.REPAIR)
 
 
 def html_records(number: int) -> list[str]:
@@ -396,7 +429,7 @@ def test_a_directory_or_a_folder_that_is_not_there_is_refused(tmp_path: Path) ->
 
 
 def test_a_file_that_changes_between_the_readings_leaves_no_output(tmp_path: Path) -> None:
-    contents = iter([line(pair("a")) + b"\n", line(pair("b")) + b"\n"])
+    contents = iter([line(pair(said)) + b"\n" for said in ("a", "a", "b")])
 
     @contextmanager
     def changing() -> Iterator[BinaryIO]:

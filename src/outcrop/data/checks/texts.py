@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ftfy.badness import badness
 
 from outcrop.data.defects import Finding, Severity, shown
+from outcrop.data.html import find_html
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +37,15 @@ class Texts:
 
 # -- html
 
-_TAG_NAMES = (
-    "a abbr address area article aside audio b base blockquote body br button canvas caption cite "
-    "code col colgroup dd del details dfn div dl dt em embed fieldset figcaption figure font "
-    "footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input ins kbd label legend li "
-    "link "
-    "main map mark meta nav noscript object ol optgroup option p param pre q s samp script section "
-    "select small source span strike strong style sub sup svg table tbody td template textarea "
-    "tfoot th thead title tr tt u ul var video wbr"
-)
-# In lower case or in capitals: XML likes names such as <Code>, and those are not HTML.
-_NAMES = "|".join((_TAG_NAMES + " " + _TAG_NAMES.upper()).split())
-_TAG = re.compile(rf"</?(?:{_NAMES})(?:\s[^<>]*)?/?>|<!--|<!DOCTYPE\b", re.ASCII)
-_ENTITY = re.compile(
-    r"&(?:nbsp|amp|lt|gt|quot|apos|copy|reg|trade|[lr][sd]quo|[mn]dash|hellip|middot|bull|euro"
-    r"|#\d{1,7}|#[xX][0-9a-fA-F]{1,6});"
-)
-
 
 def html(texts: Texts) -> Finding | None:
     """HTML tags, comments or entities."""
     for name, text in texts.named:
-        found = ("<" in text and _TAG.search(text)) or ("&" in text and _ENTITY.search(text))
-        if found:
-            value = shown(found[0])
-            message = f"{name} holds HTML at character {found.start() + 1}: {value}."
+        found = find_html(text)
+        if found is not None:
+            start, end = found
+            value = shown(text[start:end])
+            message = f"{name} holds HTML at character {start + 1}: {value}."
             return Finding("html", Severity.REPAIR, message, value)
     return None
 
