@@ -171,8 +171,12 @@ def data(options: argparse.Namespace) -> int:
     from outcrop.cli import data_check, data_clean, data_convert
 
     verbs = {
-        "check": data_check.check, "stats": data_check.stats, "diff": data_check.diff,
-        "clean": data_clean.clean, "undo": data_clean.undo, "split": data_clean.split,
+        "check": data_check.check,
+        "stats": data_check.stats,
+        "diff": data_check.diff,
+        "clean": data_clean.clean,
+        "undo": data_clean.undo,
+        "split": data_clean.split,
         "convert": data_convert.convert,
     }
     return verbs[options.verb](_settings_and_data_dir(options), options)
