@@ -9,6 +9,8 @@ from typing import Any
 
 from outcrop.cli.data_making import TYPES, add_making
 
+__all__ = ["TYPES", "add_data"]
+
 
 def add_data(
     subcommands: Any, common: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]
