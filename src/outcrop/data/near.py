@@ -17,6 +17,7 @@ Ullman, "Mining of Massive Datasets", section 3.4, for the buckets.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -45,6 +46,7 @@ _SAMPLE_TEXTS = 4096
 """Texts, spread evenly, in which common runs are looked for."""
 
 _BATCH_TEXTS = 4096
+_RUN_BYTES = 4
 _SEED = 42
 _NEIGHBOURS = 4
 """A text is compared with the first few of its bucket and with the few before it: a bucket of texts
@@ -214,17 +216,14 @@ class _Runs:
         file.flush()
         self.sizes = sizes
         self._ends = np.cumsum(sizes, dtype=np.int64)
-        total = int(self._ends[-1])
-        self._all: _Hashes = (
-            np.memmap(file, np.uint32, "r", shape=(total,)) if total else np.empty(0, np.uint32)
-        )
+        self._file = file
         self._common = self._find_common()
         self._own_sizes = np.zeros(len(sizes), np.int32)
 
     def own(self, text: int) -> _Hashes:
         """Return the runs of one text, in rising order."""
         end = int(self._ends[text])
-        found = self._all[end - int(self.sizes[text]) : end]
+        found = self._read(end - int(self.sizes[text]), end)
         kept = found[~_is_in(found, self._common)]
         return kept if len(kept) else found
 
@@ -233,7 +232,7 @@ class _Runs:
         for start in range(0, len(self.sizes), _BATCH_TEXTS):
             sizes = self.sizes[start : start + _BATCH_TEXTS].astype(np.int64)
             last = int(self._ends[min(start + _BATCH_TEXTS, len(self.sizes)) - 1])
-            found = np.array(self._all[last - int(sizes.sum()) : last])
+            found = self._read(last - int(sizes.sum()), last)
             text = np.repeat(np.arange(len(sizes)), sizes)
             own = ~_is_in(found, self._common)
             own |= (np.bincount(text[own], minlength=len(sizes)) == 0)[text]
@@ -248,11 +247,18 @@ class _Runs:
         # A hair less, so that no rounding refuses what the count itself would take.
         return np.asarray((least > 0) & (least >= (threshold - 1e-9) * np.maximum(one, two)))
 
+    def _read(self, first: int, last: int) -> _Hashes:
+        """Return some runs by their places. A mapped file would count as memory, all of it."""
+        content = os.pread(self._file.fileno(), (last - first) * _RUN_BYTES, first * _RUN_BYTES)
+        return np.frombuffer(content, np.uint32)
+
     def _find_common(self) -> _Hashes:
         step = max(1, len(self.sizes) // _SAMPLE_TEXTS)
         chosen = np.arange(0, len(self.sizes), step)
+        ends = self._ends[chosen].tolist()
         parts = [
-            self._all[self._ends[text] - self.sizes[text] : self._ends[text]] for text in chosen
+            self._read(end - size, end)
+            for end, size in zip(ends, self.sizes[chosen].tolist(), strict=True)
         ]
         hashes, counts = np.unique(np.concatenate(parts), return_counts=True)
         return np.asarray(hashes[(counts >= COMMON_LEAST) & (counts > COMMON_SHARE * len(chosen))])
