@@ -200,7 +200,8 @@ class _Work:
 
     def _label(self, line: int, completion: str) -> None:
         labels = self.scanned.labels
-        if len(completion) == 1 and completion.isalpha():
+        # Of a script with capitals: elsewhere a character may be a word.
+        if len(completion) == 1 and completion.lower() != completion.upper():
             self.scanned.letters.append((line, completion))
         if labels is None:
             return

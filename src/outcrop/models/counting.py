@@ -41,12 +41,23 @@ _CLASSES = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
 class TokenCounter:
     """Counts with one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, max_cached_words: int = MAX_CACHED_WORDS) -> None:
+        """Find out how the tokenizer cuts a text.
+
+        Args:
+            max_cached_words: words that are kept, about.
+        """
+        self.tokenizer = tokenizer
+        self._max_cached_words = max_cached_words
         self._words = _word_pattern(tokenizer)
         self._known = _Known(tokenizer)
         if self._words is not None and not self._agrees():
             self._words = None
+
+    @property
+    def num_known(self) -> int:
+        """How many words are kept."""
+        return len(self._known)
 
     @property
     def is_fast(self) -> bool:
@@ -60,8 +71,8 @@ class TokenCounter:
             ValueError: the text holds half of a surrogate pair, which is no character.
         """
         if self._words is None:
-            return len(self._tokenizer.encode(text))
-        if len(self._known) > MAX_CACHED_WORDS:
+            return len(self.tokenizer.encode(text))
+        if len(self._known) > self._max_cached_words:
             self._known.clear()
         words = self._words.findall(text) if text.isascii() else _CERTAIN_CUT.split(text)
         return sum(map(self._known.__getitem__, words))
@@ -91,7 +102,7 @@ class TokenCounter:
             "\r\n",
         )
         return all(
-            self.count(text) == len(self._tokenizer.encode(text))
+            self.count(text) == len(self.tokenizer.encode(text))
             for text in ("".join(draw.choices(pieces, k=40)) for _ in range(_NUM_TRIALS))
         )
 
