@@ -520,9 +520,9 @@ DEFECTS: dict[str, tuple[bytes, list[str]]] = {
         GOOD + b'{"question":"a","answer":"b"}\n',
         ["must follow", '"prompt"', '"completion"', "ine 2"],
     ),
-    "extra key": (
-        GOOD * 3 + b'{"prompt":"a","completion":"b","id":7}\n',
-        ["must follow", "id", "ine 4"],
+    "two formats in one": (
+        GOOD * 3 + b'{"prompt":"a","completion":"b","messages":[]}\n',
+        ["must follow", "messages", "ine 4"],
     ),
     "completion missing": (GOOD + b'{"prompt":"a"}\n', ["completion", "ine 2"]),
     "value that is no text": (b'{"prompt":"a","completion":7}\n', ["completion", "ine 1"]),
