@@ -133,12 +133,15 @@ def run_attempt(
     except (OSError, SafetensorError) as error:
         if _error_number(error) not in NO_ROOM:
             raise
-        return _fail(engine, job_id, fence, _no_room(error))
+        made = "The task's files" if _is_task(job) else "The model"
+        return _fail(engine, job_id, fence, _no_room(error, made))
     except (MemoryError, RuntimeError) as error:
         if job is not None and spoils_the_process(error):
             return _hand_over(engine, job, str(error))
         if not is_out_of_memory(error):
             raise
+        if _is_task(job):
+            return _fail(engine, job_id, fence, _no_memory_for_task(error))
         allowed = memory.given(settings, job.memory_bytes) if job is not None else 0
         return _fail(engine, job_id, fence, _no_memory(error, allowed))
     return 0
@@ -167,13 +170,17 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-def _no_room(error: OSError | SafetensorError) -> str:
+def _is_task(job: Job | None) -> bool:
+    return job is not None and job.kind == DATA_TASK
+
+
+def _no_room(error: OSError | SafetensorError, made: str) -> str:
     number = _error_number(error)
     assert number is not None
     file = error.filename if isinstance(error, OSError) else None
     where = f" ({file})" if file else ""
     return (
-        f"The disk is full, or a quota is used up{where}: {os.strerror(number)}. The model could "
+        f"The disk is full, or a quota is used up{where}: {os.strerror(number)}. {made} could "
         "not be written, and nothing was published. Free some space in the data directory and "
         "create the job again."
     )
@@ -190,6 +197,15 @@ def _hand_over(engine: Engine, job: Job, error: str) -> int:
         jobs.requeue(connection, job.id, job.fence, reason, run_plan=plan)
     logger.warning("%s", reason)
     return 0
+
+
+def _no_memory_for_task(error: BaseException) -> str:
+    return (
+        f"The task does not fit into memory: the peak of its process was "
+        f"{gibibytes(peak_memory_bytes())}, and the machine has "
+        f"{gibibytes(memory.machine_memory())}. Free some memory, or give it smaller files. The "
+        f"last thing that was refused: {str(error)[:300] or type(error).__name__}"
+    )
 
 
 def _no_memory(error: BaseException, allowed: int) -> str:
