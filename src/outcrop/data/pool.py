@@ -67,19 +67,11 @@ class _Workers:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="check")
         self._free: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
-        environment = {
-            **os.environ,
-            # One thread each: there is a process for each core.
-            "TOKENIZERS_PARALLELISM": "false",
-            "RAYON_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
         for _ in range(count):
             process = subprocess.Popen(
                 [sys.executable, "-m", "outcrop.data.pool"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=environment,
             )
             self._processes.append(process)
             self._free.put(process)
