@@ -8,7 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,7 +40,7 @@ from outcrop.data.defects import KINDS, Severity
 from outcrop.data.examples import read_examples
 from outcrop.data.render import Renderer
 from outcrop.data.sources import local_file
-from outcrop.errors import DataError, SettingsError
+from outcrop.errors import DataError, ObjectStoreError, SettingsError
 from outcrop.models.catalog import CONTINUED_PRE_TRAINING, shipped_models
 
 MODELS = {model.model_id: model for model in shipped_models()}
@@ -218,6 +218,28 @@ def test_a_file_that_goes_away_while_it_is_read_is_rejected(tmp_path: Path) -> N
     check = check_files([local_file(path)], progress=lambda num_bytes: path.unlink(missing_ok=True))
     (defect,) = (item for item in check.defects if item.severity is Severity.REJECT)
     assert "it is gone" in defect.message
+
+
+def test_an_object_that_vanishes_half_way_is_told_as_the_store_tells_it() -> None:
+    class Vanishing(io.BytesIO):
+        """Gives one block, then breaks off."""
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell():
+                raise ObjectStoreError("NoSuchKey", "s3://b/k broke off after 9 bytes")
+            return super().read(9)
+
+    file = DataFile("s3://b/k", TRAINING, lambda: nullcontext(Vanishing(b"{}\n" * 9)))
+    with pytest.raises(ObjectStoreError, match="broke off after 9 bytes"):
+        check_files([file])
+
+
+def test_a_validation_file_alone_can_be_checked(renderer: Renderer) -> None:
+    check = check_files(
+        [data_file(planted_pairs(2).content, VALIDATION)], base=EXPRESS, renderer=renderer
+    )
+    assert check.tokens is None
+    assert found(check, "language_mix") == expected(planted_pairs(2))
 
 
 def test_other_processes_find_what_this_one_finds(renderer: Renderer) -> None:

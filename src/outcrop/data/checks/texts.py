@@ -225,7 +225,7 @@ def completion_repeats_prompt(texts: Texts) -> Finding | None:
 
 # -- grounding
 
-_CONTEXT = re.compile(r"<context>(.*?)</context>", re.DOTALL | re.IGNORECASE)
+_OPEN, _CLOSE = "<context>", "</context>"
 _LONG_WORD = re.compile(r"[^\W\d_]{5,}|\d{2,}")
 MIN_SHARED_WORDS = 0.2
 MIN_ANSWER_WORDS = 4
@@ -233,13 +233,13 @@ MIN_ANSWER_WORDS = 4
 
 def ungrounded_answer(texts: Texts) -> Finding | None:
     """An answer that shares next to no words with the context its prompt gives."""
-    if texts.completion is None or "<context>" not in texts.prompt.casefold():
+    if texts.completion is None or _OPEN not in texts.prompt:
         return None
-    context = " ".join(_CONTEXT.findall(texts.prompt))
+    context = _contexts(texts.prompt).casefold()
     answer = set(_LONG_WORD.findall(texts.completion.casefold()))
     if not context.strip() or len(answer) < MIN_ANSWER_WORDS:
         return None
-    shared = len(answer & set(_LONG_WORD.findall(context.casefold()))) / len(answer)
+    shared = len(answer & set(_LONG_WORD.findall(context))) / len(answer)
     if shared >= MIN_SHARED_WORDS:
         return None
     return Finding(
@@ -249,6 +249,18 @@ def ungrounded_answer(texts: Texts) -> Finding | None:
         f"{MIN_SHARED_WORDS:.0%} are expected.",
         shown(texts.completion.strip()),
     )
+
+
+def _contexts(prompt: str) -> str:
+    """Return what stands between the marks; in one pass, however many are never closed."""
+    found, start = [], prompt.find(_OPEN)
+    while start >= 0:
+        end = prompt.find(_CLOSE, start)
+        if end < 0:
+            break
+        found.append(prompt[start + len(_OPEN) : end])
+        start = prompt.find(_OPEN, end)
+    return " ".join(found)
 
 
 RULES = (
