@@ -150,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--peer-python", help="of an environment with requirements-data.txt")
+    parser.add_argument("--name", default="data_check_speed", help="of the page")
     parser.add_argument("--peer-records", type=int, default=100_000)
     parser.add_argument(
         "--check",
@@ -216,7 +217,7 @@ def main() -> None:
     if peer and own:
         notes = f"Outcrop is {peer / own:.1f} times as fast here. {notes}"
     write_result(
-        "data_check_speed",
+        arguments.name,
         "Generated prompt/completion records, every rule, tokens counted, exact and near "
         "duplicates found. Each row is a fresh program; memory is the sum over its processes, read "
         "every 0.1 s.",
