@@ -63,6 +63,11 @@ def customization_job_arn(region: str, account: str, base_model_id: str, job_id:
     return f"arn:aws:bedrock:{region}:{account}:model-customization-job/{base_model_id}/{job_id}"
 
 
+def data_task_arn(region: str, account: str, task_id: str) -> str:
+    """Return the ARN of a data task; Bedrock has none of these, so the form is ours."""
+    return f"arn:aws:bedrock:{region}:{account}:data-task/{task_id}"
+
+
 def custom_model_arn(region: str, account: str, base_model_id: str, model_id: str) -> str:
     """Return a custom model's ARN; the human name is never part of it."""
     return f"arn:aws:bedrock:{region}:{account}:custom-model/{base_model_id}/{model_id}"

@@ -58,6 +58,7 @@ ENTRIES = (
     "outcrop.api.app",
     "outcrop.cli",
     "outcrop.cli.serve",
+    "outcrop.data.check",
     "outcrop.data.examples",
     "outcrop.jobs.attempt",  # loads it when it begins to train
     "outcrop.jobs.worker",

@@ -15,6 +15,8 @@ from outcrop import errors
 from outcrop.api.operations import OPERATIONS
 from outcrop.api.s3_actions import ACTIONS
 from outcrop.cli import parser
+from outcrop.data.defects import KINDS, SEVERITIES
+from outcrop.data.formats import DATA_KINDS, FORMS
 from outcrop.models.catalog import (
     CONTINUED_PRE_TRAINING,
     OWN_HYPER_PARAMETERS,
@@ -177,3 +179,28 @@ def test_the_families_for_continued_pre_training_are_documented(model: BaseModel
     assert named == offered
     if offered:
         assert f"{model.pre_training_records.max_total:,} documents" in sentence
+
+
+def test_every_code_of_a_defect_is_documented_under_its_severity_with_what_to_do() -> None:
+    text = page("data-defects.md")
+    documented = set()
+    for severity in SEVERITIES:
+        section = text.split(f"\n### {severity}\n")[1].split("\n##")[0]
+        cells = [
+            [cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in section.splitlines()
+            if line.startswith("| `")
+        ]
+        for code, summary, example, remedy in cells:
+            kind = KINDS[code.strip("`")]
+            assert kind.severity is severity, f"{code} is a {kind.severity}"
+            assert (summary.replace("`", ""), remedy.rstrip("| ")) == (kind.summary, kind.remedy)
+            assert example
+            documented.add(kind.code)
+    assert documented == set(KINDS)
+
+
+def test_every_format_of_data_is_documented() -> None:
+    text = page("data-formats.md")
+    assert [name for name in FORMS if f"`{name}`" not in text] == []
+    assert [kind for kind in DATA_KINDS if f"`{kind}`" not in text and kind != "FINE_TUNING"] == []

@@ -520,9 +520,9 @@ DEFECTS: dict[str, tuple[bytes, list[str]]] = {
         GOOD + b'{"question":"a","answer":"b"}\n',
         ["must follow", '"prompt"', '"completion"', "ine 2"],
     ),
-    "extra key": (
-        GOOD * 3 + b'{"prompt":"a","completion":"b","id":7}\n',
-        ["must follow", "id", "ine 4"],
+    "two formats in one": (
+        GOOD * 3 + b'{"prompt":"a","completion":"b","messages":[]}\n',
+        ["must follow", "messages", "ine 4"],
     ),
     "completion missing": (GOOD + b'{"prompt":"a"}\n', ["completion", "ine 2"]),
     "value that is no text": (b'{"prompt":"a","completion":7}\n', ["completion", "ine 1"]),
@@ -573,7 +573,8 @@ def test_data_that_cannot_be_used_fails_the_job_with_file_and_line(
         assert absent not in job
     models = service.client("bedrock").list_custom_models(nameContains=f"defect-{number}-")
     assert models["modelSummaries"] == []
-    assert keys(service, "defects", f"out-{number}/model-") == []
+    written = {key.split("/", 2)[2] for key in keys(service, "defects", f"out-{number}/model-")}
+    assert written == {"data_report/report.html", "data_report/report.json"}
 
 
 @pytest.mark.slow

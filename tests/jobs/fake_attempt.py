@@ -16,6 +16,7 @@ from tests.unit.store.build import new_model
 from outcrop.settings import load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
+from outcrop.store.rows import DATA_TASK
 
 STARTS = "starts.txt"
 
@@ -47,6 +48,10 @@ def main(job_id: str, fence: int) -> int:
         with transaction(engine) as connection:
             return 0 if jobs.end_stopped(connection, job_id, fence) else 1
     model = new_model(f"made-by-{job.name}")
+    if job.kind == DATA_TASK:
+        with transaction(engine) as connection:
+            jobs.complete_task(connection, job_id, fence, result={"fence": fence}, message="done")
+        return 0
     with transaction(engine) as connection:
         jobs.complete_job(connection, job_id, fence, result={"fence": fence}, model=model)
     return 0

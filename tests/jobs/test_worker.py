@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 from tests.jobs.fake_attempt import STARTS
-from tests.unit.store.build import ACCOUNT, REGION, claimed, new_job
+from tests.unit.store.build import ACCOUNT, REGION, claimed, new_job, new_task
 
 from outcrop.errors import StoreError
 from outcrop.jobs.executors.local import LocalExecutor
@@ -67,6 +67,10 @@ class Service:
     def create(self, name: str, does: str) -> Job:
         with transaction(self.engine) as connection:
             return jobs.create_job(connection, new_job(name, spec={"does": does}))
+
+    def create_task(self, name: str, does: str) -> Job:
+        with transaction(self.engine) as connection:
+            return jobs.create_job(connection, new_task(name, spec={"does": does}))
 
     def job(self, job: Job) -> Job:
         with self.engine.connect() as connection:
@@ -149,6 +153,42 @@ def test_two_workers_never_run_one_job_twice(service: Service) -> None:
     for job in made:
         assert service.await_status(job, "completed", "failed").status == "completed"
     assert [len(service.starts(job)) for job in made] == [1] * 8
+
+
+def test_a_data_task_does_not_wait_for_a_training(service: Service) -> None:
+    trainings = [service.create(name, "waits") for name in ("a", "b", "c")]
+    service.start()
+    for job in trainings[:2]:
+        service.await_start(job)
+    task = service.create_task("t", "completes")
+    assert service.await_status(task, "completed", "failed").status == "completed"
+    assert [service.job(job).status for job in trainings] == ["running", "running", "queued"]
+
+
+def test_data_tasks_run_one_after_the_other(service: Service) -> None:
+    first = service.create_task("first", "waits")
+    second = service.create_task("second", "completes")
+    service.start()
+    service.await_start(first)
+    assert service.job(second).status == "queued"
+    service.stop(first)
+    service.await_status(first, "stopped")
+    assert service.await_status(second, "completed", "failed").status == "completed"
+
+
+def test_data_task_of_a_killed_attempt_or_worker_is_taken_up_again(service: Service) -> None:
+    task = service.create_task("t", "waits once")
+    first = service.start("w1")
+    os.kill(service.await_start(task), signal.SIGKILL)
+    ended = service.await_status(task, "completed", "failed")
+    assert (ended.status, ended.result) == ("completed", {"fence": 2})
+    task = service.create_task("u", "waits once")
+    service.await_start(task)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    service.start("w2", lease_seconds=0.5)
+    ended = service.await_status(task, "completed", "failed")
+    assert (ended.status, ended.worker) == ("completed", "w2")
 
 
 def test_running_job_stops_when_asked(service: Service) -> None:
@@ -308,6 +348,19 @@ def test_where_no_kills_are_counted_a_process_at_its_bound_died_of_memory(
     kernel.kill(for_memory=True)
     kernel.tick()
     assert service.job(job).run_plan == {"memoryKills": 1, "memoryCuts": 1}
+
+
+def test_a_data_task_that_the_kernel_ends_for_memory_computes_no_smaller_portions(
+    service: Service,
+) -> None:
+    task = service.create_task("t", "is deaf")
+    kernel = Kernel(service)
+    kernel.tick()
+    kernel.kill(for_memory=True)
+    kernel.tick()
+    second = service.job(task)
+    assert (second.status, second.lost_attempts, second.run_plan) == ("running", 1, {})
+    assert "memory" not in last_event(service, task, "Requeued")
 
 
 def test_a_stop_that_had_to_kill_does_not_count_as_out_of_memory(service: Service) -> None:

@@ -10,6 +10,7 @@ from outcrop.api import (
     converse,
     custom_models,
     customization_jobs,
+    data_tasks,
     identity,
     progress,
     runtime,
@@ -52,4 +53,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("outcrop", "GetJobProgress"): progress.get_job_progress,
     ("outcrop", "GetJobMetrics"): progress.get_job_metrics,
     ("outcrop", "ListJobEvents"): progress.list_job_events,
+    ("outcrop", "StartDataTask"): data_tasks.start,
+    ("outcrop", "GetDataTask"): data_tasks.get,
+    ("outcrop", "ListDataTasks"): data_tasks.list_,
+    ("outcrop", "StopDataTask"): data_tasks.stop,
 }

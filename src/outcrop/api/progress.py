@@ -10,7 +10,7 @@ from outcrop.api.resources import JOB, find
 from outcrop.jobs import queue
 from outcrop.jobs.states import wire_status
 from outcrop.store import events, metrics
-from outcrop.store.rows import StepMetric, ValidationMetric
+from outcrop.store.rows import Job, StepMetric, ValidationMetric
 
 
 def get_job_progress(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def get_job_progress(context: RequestContext, params: dict[str, Any]) -> dict[st
         "status": wire_status(job.status),
         "queuePosition": position,
         "attempt": job.attempts,
+        "dataFiles": _data_files(job),
         "lastModifiedTime": job.last_modified_at,
         **job.progress,
     }
@@ -77,6 +78,19 @@ def list_job_events(context: RequestContext, params: dict[str, Any]) -> dict[str
     if len(found) > limit:
         answer["nextToken"] = make_token(context, params, (found[limit - 1].id, job.id))
     return answer
+
+
+def _data_files(job: Job) -> list[dict[str, str]] | None:
+    """Return the digests that the job's first attempt recorded; None before it did."""
+    digests = job.run_plan.get("data")
+    if digests is None:
+        return None
+    cleaned = job.run_plan.get("cleaned", {})
+    return [
+        {"s3Uri": uri, "sha256": digest}
+        | ({"cleanedSha256": cleaned[uri]["sha256"]} if uri in cleaned else {})
+        for uri, digest in digests.items()
+    ]
 
 
 def _describe_step(row: StepMetric) -> dict[str, Any]:

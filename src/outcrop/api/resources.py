@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from outcrop.api.context import RequestContext
 from outcrop.errors import ResourceNotFoundException
 from outcrop.store import jobs, models, throughputs
-from outcrop.store.rows import CustomModel, Job, ProvisionedModel
+from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, CustomModel, Job, ProvisionedModel
 
 
 class Resource(Protocol):
@@ -42,10 +42,15 @@ class Kind(Generic[R]):
 
 
 def _get_job(connection: Connection, account: str, region: str, identifier: str) -> Job | None:
-    return jobs.get_job(connection, account, region, "customization", identifier)
+    return jobs.get_job(connection, account, region, CUSTOMIZATION, identifier)
+
+
+def _get_task(connection: Connection, account: str, region: str, identifier: str) -> Job | None:
+    return jobs.get_job(connection, account, region, DATA_TASK, identifier)
 
 
 JOB: Kind[Job] = Kind("model-customization-job", "model customization job", _get_job)
+TASK: Kind[Job] = Kind("data-task", "data task", _get_task)
 CUSTOM_MODEL: Kind[CustomModel] = Kind("custom-model", "custom model", models.get_model)
 THROUGHPUT: Kind[ProvisionedModel] = Kind(
     "provisioned-model", "provisioned model throughput", throughputs.get_throughput

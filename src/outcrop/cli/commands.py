@@ -164,3 +164,19 @@ def models(options: argparse.Namespace) -> int:
         return 1
     print(json.dumps(describe_model(settings, found), indent=2, ensure_ascii=False))
     return 0
+
+
+def data(options: argparse.Namespace) -> int:
+    """Look at data files: check, stats, diff; and make others of them: clean, split, convert."""
+    from outcrop.cli import data_check, data_clean, data_convert
+
+    verbs = {
+        "check": data_check.check,
+        "stats": data_check.stats,
+        "diff": data_check.diff,
+        "clean": data_clean.clean,
+        "undo": data_clean.undo,
+        "split": data_clean.split,
+        "convert": data_convert.convert,
+    }
+    return verbs[options.verb](_settings_and_data_dir(options), options)

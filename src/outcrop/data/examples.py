@@ -68,11 +68,12 @@ def read_examples(
 
 
 def render_record(record: Record, renderer: Renderer, limits: TokenCheck) -> Example:
-    """Render one record and check its length.
+    """Render one record and check its length, first in characters, then in tokens.
 
     Raises:
         DataError: it is too long, or the model's template cannot show it; with file and line.
     """
+    limits.check_characters(record.messages, record.file, record.line)
     try:
         example = renderer.render_example(record.messages)
     except DataError as error:

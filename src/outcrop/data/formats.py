@@ -1,30 +1,50 @@
-"""Turn the JSON object of one line into a record of messages, or a document of raw text.
+"""Know the format of one line's object, and turn it into a record of messages, or a document.
 
 Formats are named as in the catalogue: `prompt-completion`, `conversation` (Converse),
-`claude-messages`, and `continued-pre-training` for documents. All are text only. A line in a format
-that the job does not take is refused under its own name. Each rule is a function and has one code.
+`claude-messages`, and `continued-pre-training` for documents; further ones are known for what they
+are and can be checked, but not trained on. A line in a format that is not taken is refused under
+its own name. What each format demands is in `schemas.py`.
 
 Source: Bedrock user guide, "Prepare data for fine-tuning"; its error texts come first in messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from outcrop.data.markup import parse_prompt
-from outcrop.data.read import kind_of
-from outcrop.data.records import BETWEEN_BLOCKS, Document, Message, Record
+from outcrop.data.defects import Finding, Unusable
+from outcrop.data.records import Document, Record
+from outcrop.data.schemas import LOG_TYPE, Content, Reader, wrong_keys
 from outcrop.errors import DataError
-from outcrop.models.catalog import CONTINUED_PRE_TRAINING, DOCUMENTS, FINE_TUNING
+from outcrop.models.catalog import CONTINUED_PRE_TRAINING, DOCUMENTS, FINE_TUNING, BaseModel
 
 PROMPT_COMPLETION = "prompt-completion"
 CONVERSATION = "conversation"
 CLAUDE_MESSAGES = "claude-messages"
-SCHEMA_VERSION = "bedrock-conversation-2024"
+IMAGE_CAPTION = "image-caption"
+DISTILLATION_PROMPTS = "distillation-prompts"
+REINFORCEMENT = "reinforcement"
+EVALUATION_PROMPTS = "evaluation-prompts"
+BATCH_RECORDS = "batch-records"
+INVOCATION_LOGS = "invocation-logs"
 
-_FORMS = {
+DISTILLATION, REINFORCEMENT_FINE_TUNING = "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
+EVALUATION, BATCH_INFERENCE = "EVALUATION", "BATCH_INFERENCE"
+"""What data is for besides fine-tuning and continued pre-training. The first two are Bedrock's
+customization types; the last two are names of our own for other kinds of job."""
+
+DATA_KINDS: Mapping[str, tuple[str, ...]] = {
+    FINE_TUNING: (PROMPT_COMPLETION, CONVERSATION, CLAUDE_MESSAGES, IMAGE_CAPTION),
+    CONTINUED_PRE_TRAINING: (DOCUMENTS,),
+    DISTILLATION: (DISTILLATION_PROMPTS, INVOCATION_LOGS),
+    REINFORCEMENT_FINE_TUNING: (REINFORCEMENT, INVOCATION_LOGS),
+    EVALUATION: (EVALUATION_PROMPTS,),
+    BATCH_INFERENCE: (BATCH_RECORDS,),
+}
+"""What data may be for, and the formats of it; a model takes some of those for fine-tuning."""
+
+FORMS: Mapping[str, str] = {
     PROMPT_COMPLETION: '{"prompt": "<input text>", "completion": "<output text>"}',
     CONVERSATION: (
         '{"schemaVersion": "bedrock-conversation-2024", "system": [{"text": "..."}], "messages": '
@@ -36,38 +56,157 @@ _FORMS = {
         '{"role": "assistant", "content": "..."}]}'
     ),
     DOCUMENTS: '{"input": "<raw text>"}',
+    IMAGE_CAPTION: '{"image-ref": "s3://bucket/image.png", "caption": "..."}',
+    DISTILLATION_PROMPTS: (
+        '{"schemaVersion": "bedrock-conversation-2024", "messages": '
+        '[{"role": "user", "content": [{"text": "..."}]}]}'
+    ),
+    REINFORCEMENT: '{"messages": [{"role": "user", "content": "..."}], "reference_answer": ...}',
+    EVALUATION_PROMPTS: '{"prompt": "...", "referenceResponse": "...", "category": "..."}',
+    BATCH_RECORDS: '{"recordId": "...", "modelInput": {...}}',
+    INVOCATION_LOGS: (
+        '{"schemaType": "ModelInvocationLog", "modelId": "...", "operation": "...", '
+        '"input": {"inputBodyJson": {...}}, "output": {"outputBodyJson": {...}}}'
+    ),
 }
-_NAMES = {
+"""How a line of each format is written."""
+
+NAMES: Mapping[str, str] = {
     PROMPT_COMPLETION: "a prompt/completion record",
     CONVERSATION: "a Converse conversation",
     CLAUDE_MESSAGES: "a Claude conversation",
     DOCUMENTS: "continued pre-training data",
-    "image-caption": "image-caption data",
-    "open-ai-chat": "reinforcement fine-tuning data in OpenAI's chat form",
+    IMAGE_CAPTION: "image-caption data",
+    DISTILLATION_PROMPTS: "a prompt for distillation",
+    REINFORCEMENT: "reinforcement fine-tuning data in OpenAI's chat form",
+    EVALUATION_PROMPTS: "evaluation data",
+    BATCH_RECORDS: "a record of batch inference",
+    INVOCATION_LOGS: "a record of invocation logging",
 }
-_FOREIGN_KEYS = {"input", "messages", "schemaVersion", "image-ref"}
-"""What belongs to the other formats."""
-
-# White space to Unicode, and what shows as nothing: zero-width characters and the byte-order mark.
-_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+"""What "This looks like ..." is followed by."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a value stands, for messages."""
+def formats_for(base: BaseModel | None, customization_type: str) -> tuple[str, ...]:
+    """Return the formats that data may have, the preferred first.
 
-    file: str
-    line: int
-    format: str
-
-    def refuse(self, code: str, reason: str) -> DataError:
-        return DataError(
-            f"Input data at {self.file} must follow '{_FORMS[self.format]}' format. "
-            f"Line {self.line}: {reason}",
-            code=code,
-            file=self.file,
-            line=self.line,
+    Args:
+        base: the model; None takes what any model does.
+        customization_type: one of DATA_KINDS.
+    Raises:
+        DataError: there is no such type.
+    """
+    if customization_type not in DATA_KINDS:
+        raise DataError(
+            f"{customization_type} is not known. Data is for one of {', '.join(DATA_KINDS)}.",
+            code="wrong_customization_type",
+            file="",
         )
+    if base is not None and customization_type in (FINE_TUNING, CONTINUED_PRE_TRAINING):
+        return base.formats(customization_type)
+    return DATA_KINDS[customization_type]
+
+
+def recognize(value: Mapping[str, Any]) -> str | None:
+    """Return the format that an object is meant in, by its keys; None where they tell nothing."""
+    keys = value.keys()
+    if "prompt" in keys:
+        is_evaluation = {"referenceResponse", "category", "modelResponses"} & keys
+        return (
+            EVALUATION_PROMPTS if is_evaluation and "completion" not in keys else PROMPT_COMPLETION
+        )
+    if "completion" in keys:
+        return PROMPT_COMPLETION
+    if "messages" in keys:
+        return _recognize_messages(value)
+    if "schemaType" in keys or {"modelId", "operation"} <= keys:
+        return INVOCATION_LOGS if value.get("schemaType", LOG_TYPE) == LOG_TYPE else None
+    if "schemaVersion" in keys or {"role", "content"} <= keys:
+        return CONVERSATION
+    if {"recordId", "modelInput"} & keys:
+        return BATCH_RECORDS
+    if "input" in keys:
+        return DOCUMENTS
+    if "image-ref" in keys:
+        return IMAGE_CAPTION
+    return None
+
+
+def _recognize_messages(value: Mapping[str, Any]) -> str:
+    if "schemaVersion" in value or isinstance(value.get("system"), list):
+        return CONVERSATION
+    if "reference_answer" in value:
+        return REINFORCEMENT
+    messages = value["messages"]
+    first = messages[0] if isinstance(messages, list) and messages else None
+    content = first.get("content") if isinstance(first, dict) else None
+    return CONVERSATION if isinstance(content, list) else CLAUDE_MESSAGES
+
+
+_ALSO: Mapping[str, tuple[str, ...]] = {
+    PROMPT_COMPLETION: (EVALUATION_PROMPTS,),
+    CONVERSATION: (DISTILLATION_PROMPTS,),
+    CLAUDE_MESSAGES: (REINFORCEMENT,),
+}
+"""What keys may also mean where only the other format is taken."""
+
+_READERS: Mapping[str, Callable[[Reader, Mapping[str, Any]], Content]] = {
+    PROMPT_COMPLETION: Reader.pair,
+    CONVERSATION: Reader.conversation,
+    CLAUDE_MESSAGES: Reader.claude,
+    DOCUMENTS: Reader.document,
+    IMAGE_CAPTION: Reader.image_caption,
+    DISTILLATION_PROMPTS: lambda reader, value: reader.conversation(value, answer_needed=False),
+    REINFORCEMENT: Reader.reinforcement,
+    EVALUATION_PROMPTS: Reader.evaluation,
+    BATCH_RECORDS: Reader.batch,
+    INVOCATION_LOGS: Reader.invocation_log,
+}
+
+
+def meant_format(value: Mapping[str, Any], formats: Sequence[str]) -> str | None:
+    """Return the format that an object is meant in; where its keys fit two, one of `formats`."""
+    found = recognize(value)
+    if found is None or found in formats:
+        return found
+    return next((other for other in _ALSO.get(found, ()) if other in formats), found)
+
+
+def read_content(
+    value: Mapping[str, Any],
+    formats: Sequence[str],
+    findings: list[Finding],
+    *,
+    body_family: str = "",
+    text_only: bool = True,
+) -> Content:
+    """Understand one line.
+
+    Args:
+        formats: those that are taken, the preferred first; at least one.
+        findings: what is wrong and can be lived with is added here.
+        body_family: whose mark-up a prompt may be written in, as in `markup.parse_prompt`.
+        text_only: whether an image cannot be used.
+    Raises:
+        Unusable: the line is in another format or breaks a rule of its own.
+    """
+    found = meant_format(value, formats)
+    if found is None:
+        raise wrong_keys(value)
+    if found not in formats:
+        raise Unusable(
+            "mixed_schema", f"This looks like {NAMES[found]}.{_hint(found, formats)}", NAMES[found]
+        )
+    reader = Reader(findings, body_family=body_family, text_only=text_only)
+    return _READERS[found](reader, value)
+
+
+def _hint(found: str, formats: Sequence[str]) -> str:
+    """Return where a record of another format belongs, with a space before it."""
+    if found == DOCUMENTS:
+        return f" Raw text is for jobs of customizationType {CONTINUED_PRE_TRAINING}."
+    if DOCUMENTS in formats and found in DATA_KINDS[FINE_TUNING]:
+        return f" Labelled records are for jobs of customizationType {FINE_TUNING}."
+    return ""
 
 
 def parse_record(
@@ -78,7 +217,7 @@ def parse_record(
     *,
     body_family: str = "",
 ) -> Record:
-    """Understand one line of labelled data.
+    """Understand one line of labelled data, as a job does: what can be lived with is let pass.
 
     Args:
         formats: those the model takes, the preferred first; at least one.
@@ -86,26 +225,8 @@ def parse_record(
     Raises:
         DataError: the line is in another format or breaks a rule of its own.
     """
-    found = _recognize(value)
-    if found is None:
-        raise _wrong_keys(value, _Place(file, line, formats[0]))
-    if found not in formats:
-        hint = (
-            f" Raw text is for jobs of customizationType {CONTINUED_PRE_TRAINING}."
-            if found == DOCUMENTS
-            else ""
-        )
-        raise _Place(file, line, formats[0]).refuse(
-            "mixed_schema", f"This looks like {_NAMES[found]}.{hint}"
-        )
-    place = _Place(file, line, found)
-    if found == PROMPT_COMPLETION:
-        messages = _pair(value, place, body_family)
-    elif found == CONVERSATION:
-        messages = _conversation(value, place)
-    else:
-        messages = _claude(value, place)
-    return Record(messages, file, line)
+    content = _strict(value, formats, file, line, body_family)
+    return Record(content.messages, file, line)
 
 
 def parse_document(value: Mapping[str, Any], file: str, line: int) -> Document:
@@ -114,186 +235,29 @@ def parse_document(value: Mapping[str, Any], file: str, line: int) -> Document:
     Raises:
         DataError: the line is in another format or breaks a rule of its own.
     """
-    place = _Place(file, line, DOCUMENTS)
-    found = _recognize(value)
-    if found is None:
-        raise _wrong_keys(value, place)
-    if found != DOCUMENTS:
-        raise place.refuse(
-            "mixed_schema",
-            f"This looks like {_NAMES[found]}. Labelled records are for jobs of customizationType "
-            f"{FINE_TUNING}.",
-        )
-    _refuse_extra_keys(value, {"input"}, place)
-    return Document(_text(value["input"], "input", place, empty_code="empty_input"), file, line)
+    content = _strict(value, (DOCUMENTS,), file, line, "")
+    assert content.text is not None
+    return Document(content.text, file, line)
 
 
-def _recognize(value: Mapping[str, Any]) -> str | None:
-    """Return the format a line is meant in, by its keys."""
-    keys = set(value)
-    if keys & {"prompt", "completion"}:
-        return PROMPT_COMPLETION
-    if "messages" in keys:
-        return _recognize_messages(value)
-    if "schemaVersion" in keys:
-        return CONVERSATION
-    if "input" in keys:
-        return DOCUMENTS
-    if "image-ref" in keys:
-        return "image-caption"
-    return None
+def _strict(
+    value: Mapping[str, Any], formats: Sequence[str], file: str, line: int, body_family: str
+) -> Content:
+    try:
+        return read_content(value, formats, [], body_family=body_family)
+    except Unusable as error:
+        raise record_error(error.finding, value, formats, file, line) from None
 
 
-def _recognize_messages(value: Mapping[str, Any]) -> str:
-    if "schemaVersion" in value or isinstance(value.get("system"), list):
-        return CONVERSATION
-    if "reference_answer" in value:
-        return "open-ai-chat"
-    messages = value["messages"]
-    first = messages[0] if isinstance(messages, list) and messages else None
-    content = first.get("content") if isinstance(first, dict) else None
-    return CONVERSATION if isinstance(content, list) else CLAUDE_MESSAGES
-
-
-def _wrong_keys(value: Mapping[str, Any], place: _Place) -> DataError:
-    names = ", ".join(ascii(name[:40]) for name in list(value)[:5]) or "none"
-    return place.refuse("wrong_keys", f"Its keys are {names}.")
-
-
-def _pair(value: Mapping[str, Any], place: _Place, body_family: str) -> tuple[Message, ...]:
-    others = _FOREIGN_KEYS & set(value)
-    if others:
-        raise place.refuse(
-            "mixed_schema", f"It mixes prompt/completion with {', '.join(sorted(others))}."
-        )
-    known = ("prompt", "completion")
-    for key in known:
-        if key not in value:
-            if not set(value) <= set(known):
-                raise _wrong_keys(value, place)
-            raise place.refuse(f"missing_{key}", f"It has no {key}.")
-    _refuse_extra_keys(value, set(known), place)
-    prompt = _text(value["prompt"], "prompt", place, empty_code="empty_prompt")
-    completion = _text(value["completion"], "completion", place, empty_code="empty_completion")
-    messages = parse_prompt(body_family, prompt)
-    if messages[-1].role == "assistant":
-        # The prompt begins the answer itself; what the model shall write still starts after it.
-        raise place.refuse(
-            "role_order", "The prompt's mark-up ends inside an answer, not with a user's turn."
-        )
-    return (*messages, Message("assistant", completion))
-
-
-def _conversation(value: Mapping[str, Any], place: _Place) -> tuple[Message, ...]:
-    if "schemaVersion" not in value:
-        raise place.refuse("missing_schema_version", "It has no schemaVersion.")
-    version = value["schemaVersion"]
-    if version != SCHEMA_VERSION:
-        shown = ascii(version[:60]) if isinstance(version, str) else kind_of(version)
-        raise place.refuse("bad_schema_version", f"schemaVersion is {shown}.")
-    _refuse_extra_keys(value, {"schemaVersion", "system", "messages"}, place)
-    messages = []
-    if "system" in value:
-        messages.append(Message("system", _blocks(value["system"], "system", place)))
-    for index, turn in enumerate(_turns(value, place)):
-        where = f"messages[{index}].content"
-        messages.append(Message(turn["role"], _blocks(turn["content"], where, place)))
-    return tuple(messages)
-
-
-def _claude(value: Mapping[str, Any], place: _Place) -> tuple[Message, ...]:
-    _refuse_extra_keys(value, {"system", "messages"}, place)
-    messages = []
-    if "system" in value:
-        messages.append(Message("system", _text(value["system"], "system", place)))
-    for index, turn in enumerate(_turns(value, place)):
-        where = f"messages[{index}].content"
-        messages.append(Message(turn["role"], _text(turn["content"], where, place)))
-    return tuple(messages)
-
-
-def _turns(value: Mapping[str, Any], place: _Place) -> list[dict[str, Any]]:
-    """Return the turns, which begin with the user's, alternate, and end with the assistant's."""
-    if "messages" not in value:
-        raise place.refuse("missing_messages", "It has no messages.")
-    turns = value["messages"]
-    if not isinstance(turns, list):
-        raise place.refuse("wrong_type", f"messages must be an array, not {kind_of(turns)}.")
-    if not turns:
-        raise place.refuse("empty_messages", "messages is empty.")
-    for index, turn in enumerate(turns):
-        _check_turn(turn, f"messages[{index}]", place)
-    for index, turn in enumerate(turns):
-        expected = "assistant" if index % 2 else "user"
-        if turn["role"] != expected:
-            raise place.refuse(
-                "role_order",
-                f"messages[{index}] is the {turn['role']}'s. Turns alternate from the user's on, "
-                f"so it must be the {expected}'s.",
-            )
-    if turns[-1]["role"] != "assistant":
-        raise place.refuse("role_order", "The last message is not the assistant's.")
-    return turns
-
-
-def _check_turn(turn: object, where: str, place: _Place) -> None:
-    if not isinstance(turn, dict):
-        raise place.refuse("wrong_type", f"{where} must be an object, not {kind_of(turn)}.")
-    if "role" not in turn:
-        raise place.refuse("missing_role", f"{where} has no role.")
-    if turn["role"] not in ("user", "assistant"):
-        role = turn["role"]
-        shown = ascii(role[:40]) if isinstance(role, str) else kind_of(role)
-        raise place.refuse("bad_role", f"{where}.role is {shown}; it is user or assistant.")
-    if "content" not in turn:
-        raise place.refuse("missing_content", f"{where} has no content.")
-    _refuse_extra_keys(turn, {"role", "content"}, place, where)
-
-
-def _blocks(value: object, where: str, place: _Place) -> str:
-    """Return the text of content blocks; several are joined by an empty line."""
-    if not isinstance(value, list):
-        raise place.refuse("wrong_type", f"{where} must be an array, not {kind_of(value)}.")
-    if not value:
-        code = "empty_system" if where == "system" else "empty_content"
-        raise place.refuse(code, f"{where} is empty.")
-    return BETWEEN_BLOCKS.join(
-        _block(block, f"{where}[{index}]", place) for index, block in enumerate(value)
+def record_error(
+    finding: Finding, value: Mapping[str, Any], formats: Sequence[str], file: str, line: int
+) -> DataError:
+    """Return what a job fails with because of a record that cannot be used."""
+    found = meant_format(value, formats)
+    form = FORMS[found if found is not None and found in formats else formats[0]]
+    return DataError(
+        f"Input data at {file} must follow '{form}' format. Line {line}: {finding.message}",
+        code=finding.code,
+        file=file,
+        line=line,
     )
-
-
-def _block(block: object, where: str, place: _Place) -> str:
-    if not isinstance(block, dict):
-        raise place.refuse("wrong_type", f"{where} must be an object, not {kind_of(block)}.")
-    if "text" not in block:
-        names = ", ".join(ascii(name[:40]) for name in list(block)[:5]) or "nothing"
-        raise place.refuse(
-            "unsupported_block", f"{where} holds {names}; only text is taken for this model."
-        )
-    _refuse_extra_keys(block, {"text"}, place, where)
-    return _text(block["text"], f"{where}.text", place)
-
-
-def _text(value: object, where: str, place: _Place, *, empty_code: str = "empty_content") -> str:
-    """Return a text that shows something and can be encoded."""
-    if not isinstance(value, str):
-        raise place.refuse("wrong_type", f"{where} must be a string, not {kind_of(value)}.")
-    if not value.translate(_NOTHING).strip():
-        raise place.refuse(empty_code, f"{where} is empty.")
-    if "\0" in value:
-        raise place.refuse("null_byte", f"{where} holds a NUL character.")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise place.refuse("lone_surrogate", f"{where} holds half of a surrogate pair.")
-    return value
-
-
-def _refuse_extra_keys(
-    value: Mapping[str, Any], known: set[str], place: _Place, where: str = "It"
-) -> None:
-    extra = [name for name in value if name not in known]
-    if extra:
-        names = ", ".join(ascii(name[:40]) for name in extra[:5])
-        raise place.refuse("extra_keys", f"{where} has further keys: {names}. Take them out.")
-
-
-_NOTHING = str.maketrans(dict.fromkeys(_INVISIBLE, ""))

@@ -9,12 +9,18 @@ Source: the error texts in the Bedrock user guide, "Troubleshoot model customiza
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from outcrop.data.read import quoted
+from outcrop.data.records import Message
 from outcrop.errors import DataError
 from outcrop.models.catalog import FINE_TUNING, BaseModel
 
 TRAINING, VALIDATION = "training", "validation"
+
+CHARACTERS_PER_TOKEN = 6
+"""Bedrock's quota of characters, for each token of a limit. Source: Bedrock user guide, quotas."""
 
 
 def record_quota(
@@ -84,6 +90,23 @@ def check_total_records(
 
 
 @dataclass(frozen=True)
+class Exceeded:
+    """A limit that a record is too long for."""
+
+    count: int
+    """Tokens that it has, of the kind that is limited."""
+    sentence: str
+    """AWS's, with the numbers."""
+    source: str
+    """Where the limit comes from: Bedrock's and the real model's; it begins in lower case."""
+
+    @property
+    def message(self) -> str:
+        """Both, as two sentences."""
+        return f"{self.sentence} T{self.source[1:]}"
+
+
+@dataclass(frozen=True)
 class TokenCheck:
     """The limits of one model at one batch size."""
 
@@ -100,14 +123,45 @@ class TokenCheck:
         context = self.base.context_tokens
         return min(context, (bedrock.total if bedrock else None) or context)
 
-    def check(self, num_input: int, num_output: int, file: str, line: int) -> None:
-        """Refuse a record that is too long.
+    @property
+    def max_characters(self) -> int | None:
+        """Characters that Bedrock takes for a record; None where it documents no limit."""
+        bedrock = self.base.token_limit(self.batch_size)
+        if bedrock is None:
+            return None
+        both = (bedrock.input or 0) + (bedrock.output or 0)
+        return CHARACTERS_PER_TOKEN * (bedrock.total or both) or None
+
+    def characters_exceeded(self, count: int) -> str:
+        """Return what is said of a record of too many characters."""
+        return (
+            f"It has {count:,} characters. {self.base.model_id} takes {self.max_characters:,} at "
+            f"batch size {self.batch_size}: {CHARACTERS_PER_TOKEN} for each token of its limit."
+        )
+
+    def check_characters(self, messages: Sequence[Message], file: str, line: int) -> None:
+        """Refuse a record of more characters than Bedrock takes.
+
+        Raises:
+            DataError: it has more.
+        """
+        quota = self.max_characters
+        count = sum(len(message.text) for message in messages)
+        if quota is not None and count > quota:
+            raise DataError(
+                f"Input size exceeded in file {file} for record starting with "
+                f"{quoted(messages[0].text)}. Line {line}: {self.characters_exceeded(count)}",
+                code="too_long",
+                file=file,
+                line=line,
+            )
+
+    def exceeded(self, num_input: int, num_output: int) -> Exceeded | None:
+        """Return the first limit that a record is too long for, or None.
 
         Args:
             num_input: tokens of the prompt as it is rendered.
             num_output: tokens that come after it.
-        Raises:
-            DataError: a limit is exceeded; the message names Bedrock's and the real model's.
         """
         bedrock = self.base.token_limit(self.batch_size)
         context = self.base.context_tokens
@@ -119,15 +173,28 @@ class TokenCheck:
         for name, count, documented in counts:
             limit = min(context, documented or context)
             if count > limit:
-                raise DataError(
-                    f"{_exceeded(name, count, limit)} {file}, line {line}: the limit of "
-                    f"{self.base.model_id} at batch size {self.batch_size} is "
+                return Exceeded(
+                    count,
+                    _exceeded(name, count, limit),
+                    f"the limit of {self.base.model_id} at batch size {self.batch_size} is "
                     f"{f'{documented:,}' if documented else 'not documented'}, the context of "
                     f"{self.base.full_name} is {context:,} tokens.",
-                    code="too_long",
-                    file=file,
-                    line=line,
                 )
+        return None
+
+    def check(self, num_input: int, num_output: int, file: str, line: int) -> None:
+        """Refuse a record that is too long.
+
+        Args:
+            num_input: tokens of the prompt as it is rendered.
+            num_output: tokens that come after it.
+        Raises:
+            DataError: a limit is exceeded; the message names Bedrock's and the real model's.
+        """
+        exceeded = self.exceeded(num_input, num_output)
+        if exceeded is not None:
+            message = f"{exceeded.sentence} {file}, line {line}: {exceeded.source}"
+            raise DataError(message, code="too_long", file=file, line=line)
 
 
 def _exceeded(name: str, count: int, limit: int) -> str:

@@ -38,7 +38,7 @@ def parse_prompt(family: str, prompt: str) -> tuple[Message, ...]:
 
 def _titan(prompt: str) -> tuple[Message, ...] | None:
     """Read `User: ...\\nBot: ...\\nUser: ...\\nBot:`; what stands before it is the system's."""
-    if not _TITAN_OPEN.search(prompt):
+    if "Bot:" not in prompt or not _TITAN_OPEN.search(prompt):
         return None
     before, *parts = _TITAN_TURN.split(prompt)
     turns = [
@@ -69,6 +69,8 @@ def _llama3(prompt: str) -> tuple[Message, ...] | None:
 
 def _inst(prompt: str) -> tuple[Message, ...] | None:
     """Read `<s>[INST] <<SYS>>...<</SYS>> ... [/INST] answer </s><s>[INST] ... [/INST]`."""
+    if "[INST]" not in prompt:  # most prompts have no mark-up, and the search for it costs more
+        return None
     before, *parts = _INST.split(_BETWEEN_TURNS.sub("", prompt.strip()))
     if before.strip() or not parts:
         return None

@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from outcrop.data.records import Example, Message, Tool
 from outcrop.data.tool_prompts import render_tool_prompt, spelt_in_json
 from outcrop.errors import DataError, ModelError
+from outcrop.models.counting import TokenCounter
 from outcrop.models.tokenizer import Tokenizer
 
 FALLBACK_TEMPLATE = (
@@ -105,6 +107,16 @@ class Renderer:
         self.end_token_ids = self._find_end_token_ids()
         """Ids at which an answer is over: the template's own first, then the folder's others."""
 
+    @cached_property
+    def counter(self) -> TokenCounter:
+        """Counts tokens of plain texts, faster than encoding them."""
+        return TokenCounter(self.tokenizer)
+
+    @property
+    def folder(self) -> Path:
+        """The folder whose tokenizer and template these are."""
+        return self._folder
+
     def render_prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), start: str = ""
     ) -> list[int]:
@@ -145,6 +157,30 @@ class Renderer:
             mask.extend([piece.trained] * len(encoded))
         return Example(ids, mask)
 
+    def count_example(self, messages: Sequence[Message]) -> tuple[int, int]:
+        """Return how long `render_example` makes a conversation, without rendering it.
+
+        Returns:
+            (tokens before the last answer, tokens of that answer and after it).
+        Raises:
+            DataError: as `render_example`.
+        """
+        if len(messages) < 2 or messages[-1].role != "assistant":
+            raise _refused("A conversation must end with an answer of the assistant.")
+        num_input = num_output = 0
+        last, answered = len(messages) - 1, False
+        for piece in self._layout(messages, complete=True):
+            if isinstance(piece, _Scaffold):
+                count = len(piece.ids)
+            else:
+                count = self._count(piece, messages)
+                answered = piece.index == last
+            if answered:
+                num_output += count
+            else:
+                num_input += count
+        return num_input, num_output
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer's ids; control tokens are left out."""
         return self.tokenizer.decode(ids)
@@ -155,12 +191,13 @@ class Renderer:
         try:
             return self.tokenizer.encode(messages[piece.index].text)
         except ValueError as error:
-            role = messages[piece.index].role
-            raise DataError(
-                f"Message {piece.index + 1} ({role}) cannot be encoded: {error}.",
-                code="lone_surrogate",
-                file="",
-            ) from None
+            raise _not_encodable(piece.index, messages, error) from None
+
+    def _count(self, piece: _Content, messages: Sequence[Message]) -> int:
+        try:
+            return self.counter.count(messages[piece.index].text)
+        except ValueError as error:
+            raise _not_encodable(piece.index, messages, error) from None
 
     def _layout(self, messages: Sequence[Message], *, complete: bool) -> tuple[_Piece, ...]:
         """Return the pieces for these roles; the contents do not matter."""
@@ -352,6 +389,14 @@ class Renderer:
 
 def _mark(index: int) -> str:
     return chr(_FIRST_MARK + index)
+
+
+def _not_encodable(index: int, messages: Sequence[Message], error: ValueError) -> DataError:
+    return DataError(
+        f"Message {index + 1} ({messages[index].role}) cannot be encoded: {error}.",
+        code="lone_surrogate",
+        file="",
+    )
 
 
 def _refused(message: str) -> DataError:

@@ -17,6 +17,14 @@ from outcrop.settings import Settings
 WRITE_CHECK = ".write_access_check_file.tmp"
 STEP_METRICS = "training_artifacts/step_wise_training_metrics.csv"
 STEP_DETAILS = "training_artifacts/step_metrics.jsonl"
+DATA_REPORT_JSON = "data_report/report.json"
+DATA_REPORT_PAGE = "data_report/report.html"
+INPUT_STATUS = "input_status/manifest.report.csv"
+VALIDATED_DATA = "validated_data/{role}/validated_prompts.jsonl"
+CLEANED_DATA = "cleaned_data/{role}.jsonl"
+CLEANING_LOG = "cleaned_data/{role}.changes.jsonl"
+CLEANED_REPORT_JSON = "cleaned_data/report.json"
+CLEANED_REPORT_PAGE = "cleaned_data/report.html"
 VALIDATION_METRICS = (
     "validation_artifacts/post_fine_tuning_validation/validation/validation_metrics.csv",
     "validation_artifacts/post_fine_tuning_validation/validation_metrics.csv",
@@ -27,6 +35,11 @@ VALIDATION_METRICS = (
 def output_folder(output: S3Uri, job_id: str) -> S3Uri:
     """Return the prefix below which a job writes."""
     return output.join(f"model-customization-job-{job_id}")
+
+
+def task_folder(output: S3Uri, task_id: str) -> S3Uri:
+    """Return the prefix below which a data task writes."""
+    return output.join(f"data-task-{task_id}")
 
 
 def step_metrics_object(output: S3Uri, job_id: str) -> S3Uri:
@@ -48,6 +61,11 @@ def validation_metrics_objects(output: S3Uri, job_id: str) -> list[S3Uri]:
 def job_folder(settings: Settings, job_id: str) -> Path:
     """Return the folder of a job's attempts; it is removed when the job ends."""
     return settings.data_dir / "work" / job_id
+
+
+def input_folder(settings: Settings, job_id: str, fence: int) -> Path:
+    """Return where an attempt keeps its copies of the data files."""
+    return work_folder(settings, job_id, fence) / "input"
 
 
 def work_folder(settings: Settings, job_id: str, fence: int) -> Path:

@@ -30,18 +30,23 @@ from outcrop.errors import (
     StopRequested,
     TrainingError,
 )
-from outcrop.jobs import artifacts, customization, memory
+from outcrop.jobs import artifacts, customization, data_task, memory
 from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
-from outcrop.store.rows import Job
+from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, Job
 from outcrop.train.memory import is_out_of_memory, peak_memory_bytes, spoils_the_process
 from outcrop.train.portions import gibibytes
 
 logger = logging.getLogger("outcrop.attempt")
 
 EXIT_UNFINISHED = 1
+STAGES: dict[str, Callable[[Settings, Engine, Job, StopFlag], None]] = {
+    CUSTOMIZATION: customization.run,
+    DATA_TASK: data_task.run,
+}
+"""What a job of each kind does."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a write that trying again cannot mend: full disk, quota, limit on a file's size."""
 
@@ -100,12 +105,12 @@ def run_attempt(
     fence: int,
     stop: StopFlag,
     *,
-    run: Callable[[Settings, Engine, Job, StopFlag], None] = customization.run,
+    run: Callable[[Settings, Engine, Job, StopFlag], None] | None = None,
 ) -> int:
     """Run the job's stages and end its row. Returns the process's exit code.
 
     Args:
-        run: the stages; tests have their own.
+        run: the stages; None takes those of the job's kind, and tests have their own.
     """
     try:
         with engine.connect() as connection:
@@ -113,7 +118,7 @@ def run_attempt(
         if job is None or job.fence != fence or job.status not in jobs.HELD:
             logger.warning("job %s is not held under fence %d any more", job_id, fence)
             return 0
-        run(settings, engine, job, stop)
+        (run or STAGES[job.kind])(settings, engine, job, stop)
     except StopRequested:
         return _end_stopped(engine, job_id, fence)
     except LeaseLost:
@@ -128,12 +133,15 @@ def run_attempt(
     except (OSError, SafetensorError) as error:
         if _error_number(error) not in NO_ROOM:
             raise
-        return _fail(engine, job_id, fence, _no_room(error))
+        made = "The task's files" if _is_task(job) else "The model"
+        return _fail(engine, job_id, fence, _no_room(error, made))
     except (MemoryError, RuntimeError) as error:
         if job is not None and spoils_the_process(error):
             return _hand_over(engine, job, str(error))
         if not is_out_of_memory(error):
             raise
+        if _is_task(job):
+            return _fail(engine, job_id, fence, _no_memory_for_task(error))
         allowed = memory.given(settings, job.memory_bytes) if job is not None else 0
         return _fail(engine, job_id, fence, _no_memory(error, allowed))
     return 0
@@ -162,13 +170,17 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-def _no_room(error: OSError | SafetensorError) -> str:
+def _is_task(job: Job | None) -> bool:
+    return job is not None and job.kind == DATA_TASK
+
+
+def _no_room(error: OSError | SafetensorError, made: str) -> str:
     number = _error_number(error)
     assert number is not None
     file = error.filename if isinstance(error, OSError) else None
     where = f" ({file})" if file else ""
     return (
-        f"The disk is full, or a quota is used up{where}: {os.strerror(number)}. The model could "
+        f"The disk is full, or a quota is used up{where}: {os.strerror(number)}. {made} could "
         "not be written, and nothing was published. Free some space in the data directory and "
         "create the job again."
     )
@@ -185,6 +197,15 @@ def _hand_over(engine: Engine, job: Job, error: str) -> int:
         jobs.requeue(connection, job.id, job.fence, reason, run_plan=plan)
     logger.warning("%s", reason)
     return 0
+
+
+def _no_memory_for_task(error: BaseException) -> str:
+    return (
+        f"The task does not fit into memory: the peak of its process was "
+        f"{gibibytes(peak_memory_bytes())}, and the machine has "
+        f"{gibibytes(memory.machine_memory())}. Free some memory, or give it smaller files. The "
+        f"last thing that was refused: {str(error)[:300] or type(error).__name__}"
+    )
 
 
 def _no_memory(error: BaseException, allowed: int) -> str:

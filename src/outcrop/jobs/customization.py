@@ -11,26 +11,20 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine
 
-from outcrop.data.examples import Rendered, read_examples
-from outcrop.data.limits import check_total_records
-from outcrop.data.records import Example
-from outcrop.data.render import Renderer
 from outcrop.errors import LeaseLost, ModelError, StopRequested, TrainingError
-from outcrop.identity.authorize import assume_role_for_service
-from outcrop.ids import S3Uri, custom_model_arn, parse_s3_uri
-from outcrop.jobs import artifacts, memory, places
-from outcrop.jobs.digests import DataDigests
-from outcrop.jobs.parents import ADAPTER_MEMBER, describe_adapter, parent_artifact, plan_parent
+from outcrop.ids import S3Uri, custom_model_arn
+from outcrop.jobs import artifacts, memory, validation
+from outcrop.jobs.cleaning import clean_inputs
+from outcrop.jobs.parents import ADAPTER_MEMBER, describe_adapter
 from outcrop.jobs.reporting import Reporter
+from outcrop.jobs.validation import Data, Start
 from outcrop.models.catalog import BaseModel, load_catalog
-from outcrop.models.weights import ensure_weights
 from outcrop.objects.client import ObjectStore, object_store
 from outcrop.settings import Settings
 from outcrop.store import jobs
@@ -38,9 +32,7 @@ from outcrop.store.database import transaction
 from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
 from outcrop.train.memory import bounded_memory, reserved_bytes
-from outcrop.train.plan import TrainPlan, make_plan
-from outcrop.train.portions import Portions
-from outcrop.train.prediction import ModelShape
+from outcrop.train.own_parameters import CLEAN
 
 if TYPE_CHECKING:
     from outcrop.evaluate.parity import Parity
@@ -51,14 +43,6 @@ logger = logging.getLogger("outcrop.attempt")
 
 THREADS = "threads"
 """In a job's run plan: how its cores are used."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The records of a job, rendered."""
-
-    training: list[Example]
-    validation: list[Example]
 
 
 def run(
@@ -88,24 +72,29 @@ def run(
     objects = objects or object_store(settings)
 
     stage.begin("validation")
-    output = _check_places(engine, objects, job)
-    folder = ensure_weights(settings, job.spec["weights"])
-    plan = make_plan(
-        base,
-        job.spec["customizationType"],
-        job.spec["userHyperParameters"],
-        has_validation=_validation_uri(job) is not None,
-        parent=plan_parent(job.spec),
-    )
-    parent = parent_artifact(settings, job.spec)
-    digests = DataDigests()
-    data = _read_data(settings, objects, job, base, plan, Renderer(folder), digests)
-    portions = _settle(settings, engine, job, folder, plan, data, digests)
+    start = validation.begin(settings, engine, objects, job, base, should_stop)
+    plan, output = start.plan, start.output
+    folder = artifacts.output_folder(output, job.id)
+    report_uri = folder.join(artifacts.DATA_REPORT_PAGE)
+    checked = validation.check_inputs(settings, engine, job, base, start, report_uri, should_stop)
+    validation.write_report(engine, objects, job, checked.report, folder)
+    if checked.refusal is not None:
+        raise checked.refusal
+    validation.write_accepted(engine, objects, job, checked.check, start.inputs, folder)
+    lineage = validation.describe_inputs(start.inputs)
+    cleans = plan.data_policy == CLEAN
+    if not cleans:
+        data = validation.read_data(settings, job, base, start)
+        portions = validation.settle(settings, engine, job, start, data)
     _check_stop(should_stop)
     stage.end("validation")
 
     stage.begin("dataProcessing")
-    if _validation_uri(job) is None and plan.evaluation_percentage:
+    if cleans:
+        start, lineage = _clean(settings, engine, objects, job, base, start, folder, should_stop)
+        data = validation.read_data(settings, job, base, start)
+        portions = validation.settle(settings, engine, job, start, data)
+    if len(start.inputs) == 1 and plan.evaluation_percentage:
         data = Data(*plan.split(data.training))
     _check_stop(should_stop)
     stage.end("dataProcessing")
@@ -140,11 +129,11 @@ def run(
         with bounded_memory(bound, job.cores) if on_cpu else nullcontext():
             result = train(
                 plan,
-                folder,
+                start.weights,
                 data.training,
                 data.validation,
                 work,
-                parent=parent,
+                parent=start.parent,
                 on_step=reporter.on_step,
                 on_validation=reporter.on_validation,
                 on_resume=reporter.on_resume,
@@ -168,13 +157,40 @@ def run(
     reporter.finish(result.published_step)
     _check_stop(should_stop)
     parity = check_parity(
-        folder, result.artifact, result.sample, threads=job.cores, should_stop=should_stop
+        start.weights, result.artifact, result.sample, threads=job.cores, should_stop=should_stop
     )
     logger.info(
         "served as trained: the loss of %d records is %.4f, and was %.4f",
         *(parity.num_records, parity.served_loss, parity.trained_loss),
     )
-    _publish(settings, engine, job, base, plan, result, parity)
+    _publish(settings, engine, job, base, start, lineage, result, parity)
+
+
+def _clean(
+    settings: Settings,
+    engine: Engine,
+    objects: ObjectStore,
+    job: Job,
+    base: BaseModel,
+    start: Start,
+    folder: S3Uri,
+    should_stop: Callable[[], bool],
+) -> tuple[Start, list[dict[str, Any]]]:
+    """Clean the data and check what comes of it; returns what to train on, and the lineage."""
+    cleaned = clean_inputs(settings, engine, objects, job, base, start, folder, should_stop)
+    lineage = validation.describe_inputs(start.inputs)
+    for row in lineage:
+        row["cleaned"] = cleaned.described[row["s3Uri"]]
+    start = replace(start, inputs=cleaned.inputs)
+    names = (artifacts.CLEANED_REPORT_JSON, artifacts.CLEANED_REPORT_PAGE)
+    checked = validation.check_inputs(
+        *(settings, engine, job, base, start, folder.join(names[1]), should_stop),
+        made_from=cleaned.made_from,
+    )
+    validation.write_report(engine, objects, job, checked.report, folder, names)
+    if checked.refusal is not None:
+        raise checked.refusal
+    return start, lineage
 
 
 class _Stages:
@@ -204,112 +220,13 @@ def _check_stop(should_stop: Callable[[], bool]) -> None:
         raise StopRequested
 
 
-def _validation_uri(job: Job) -> S3Uri | None:
-    validators = job.spec.get("validationDataConfig", {}).get("validators", [])
-    return parse_s3_uri(validators[0]["s3Uri"]) if validators else None
-
-
-def _check_places(engine: Engine, objects: ObjectStore, job: Job) -> S3Uri:
-    """Ask again what was asked at creation, and prove by a write that the output can be written."""
-    training = places.file_place(places.TRAINING, job.spec["trainingDataConfig"]["s3Uri"])
-    output = places.output_place("outputDataConfig.s3Uri", job.spec["outputDataConfig"]["s3Uri"])
-    validation = _validation_uri(job)
-    inputs = [(training, places.TRAINING)]
-    if validation is not None:
-        inputs.append((validation, places.VALIDATION))
-    with engine.connect() as connection:
-        role = assume_role_for_service(connection, job.account, job.spec["roleArn"])
-        for uri, _ in inputs:
-            places.check_readable(connection, role, uri)
-        places.check_writable(connection, role, output)
-    for uri, member in inputs:
-        places.check_present(objects, uri, member)
-    places.check_bucket(objects, output)
-    objects.write(output.join(artifacts.WRITE_CHECK), b"")
-    return output
-
-
-def _read_data(
-    settings: Settings,
-    objects: ObjectStore,
-    job: Job,
-    base: BaseModel,
-    plan: TrainPlan,
-    renderer: Renderer,
-    digests: DataDigests,
-) -> Data:
-    training_uri = parse_s3_uri(job.spec["trainingDataConfig"]["s3Uri"])
-    validation_uri = _validation_uri(job)
-    assert training_uri is not None
-
-    customization_type = job.spec["customizationType"]
-
-    def read(uri: S3Uri, role: str, max_records: int) -> Rendered:
-        with digests.reading(objects, uri) as stream:
-            return read_examples(
-                stream,
-                str(uri),
-                base,
-                renderer,
-                role=role,
-                batch_size=plan.batch_size,
-                max_records=max_records,
-                customization_type=customization_type,
-            )
-
-    training = read(training_uri, "training", settings.max_training_records)
-    validation = Rendered([], 0)
-    if validation_uri is not None:
-        validation = read(validation_uri, "validation", settings.max_validation_records)
-    if not (settings.max_training_records or settings.max_validation_records):
-        check_total_records(base, training.num_records, validation.num_records, customization_type)
-    return Data(training.examples, validation.examples)
-
-
-def _settle(
-    settings: Settings,
-    engine: Engine,
-    job: Job,
-    folder: Path,
-    plan: TrainPlan,
-    data: Data,
-    digests: DataDigests,
-) -> Portions:
-    """Decide, at the job's first attempt, what all of its attempts compute alike, and return the
-    portions of its steps.
-
-    Raises:
-        TrainingError: the data is not what the first attempt saw, or does not fit into memory.
-        LeaseLost: another attempt holds the job.
-    """
-    digests.check(job.run_plan.get("data", {}))
-    recorded = job.run_plan.get("portions")
-    if recorded is not None:
-        return Portions(**recorded)
-    allowed = memory.given(settings, job.memory_bytes)
-    portions = memory.portions_of_job(
-        settings, ModelShape.read(folder), plan, data.training, allowed, job.cores
-    )
-    run_plan = {**job.run_plan, "portions": portions.described(), "data": digests.found}
-    with transaction(engine) as connection:
-        if not jobs.record_run_plan(connection, job.id, job.fence, run_plan):
-            raise LeaseLost
-    return portions
-
-
 def _record_threads(engine: Engine, job: Job, plan: ThreadPlan) -> None:
     """Note how the job uses its cores, so that another attempt does it alike.
 
     Raises:
         LeaseLost: another attempt holds the job.
     """
-    with transaction(engine) as connection:
-        now = jobs.get_job_by_id(connection, job.id)
-        if now is None:
-            raise LeaseLost
-        run_plan = {**now.run_plan, THREADS: asdict(plan)}
-        if not jobs.record_run_plan(connection, job.id, job.fence, run_plan):
-            raise LeaseLost
+    validation.note(engine, job, **{THREADS: asdict(plan)})
 
 
 def _publish(
@@ -317,7 +234,8 @@ def _publish(
     engine: Engine,
     job: Job,
     base: BaseModel,
-    plan: TrainPlan,
+    start: Start,
+    lineage: list[dict[str, Any]],
     result: TrainResult,
     parity: Parity,
 ) -> None:
@@ -355,7 +273,11 @@ def _publish(
         foundation_model_arn=job.spec.get("foundationModelArn", job.spec["baseModelArn"]),
         customization_type=job.spec["customizationType"],
         hyper_parameters=job.spec["hyperParameters"],
-        spec={**job.spec, ADAPTER_MEMBER: describe_adapter(plan)},
+        spec={
+            **job.spec,
+            ADAPTER_MEMBER: describe_adapter(start.plan),
+            "data": lineage,
+        },
         metrics=metrics,
         artifact_path=str(folder.relative_to(settings.data_dir)),
         artifact_digest=result.digest,

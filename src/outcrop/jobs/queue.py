@@ -13,7 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
 
@@ -21,12 +21,17 @@ from outcrop.jobs.memory import asked_for, memory_for_jobs
 from outcrop.models.catalog import BaseModel
 from outcrop.settings import Settings
 from outcrop.store import jobs
-from outcrop.store.rows import Job, LiveJob
+from outcrop.store.rows import CUSTOMIZATION, Job, LiveJob
 from outcrop.train.plan import TrainPlan
 
 LEASE_SECONDS = 15.0
 """A heartbeat moves every second; one that has not for so long means that its holder is gone."""
 CORES_A_JOB = 2
+JOB_NEEDS = "jobNeeds"
+"""In the row of a data task: the cores and the memory that a job with its members would ask for."""
+TASK_SLOTS = 1
+"""Data tasks that run at once beside the jobs, in a line of their own: a check that takes seconds
+must not wait for hours behind a training. They yield to everything else, and use one core."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,15 @@ class Capacity:
     """How many may run at once, whatever they take."""
 
 
+UNBOUNDED = Capacity(1 << 30, 1 << 62, 1 << 30)
+"""Room for whatever a job asks for."""
+
+
 def capacity(settings: Settings) -> Capacity:
     """Return what this machine has for jobs: one on two cores, unless `job_slots` says more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if settings.job_slots:
-        return Capacity(1 << 30, 1 << 62, settings.job_slots)
+        return replace(UNBOUNDED, slots=settings.job_slots)
     slots = max(1, (cores or 1) // CORES_A_JOB)
     return Capacity(max(cores or 1, CORES_A_JOB), memory_for_jobs(), slots)
 
@@ -59,18 +68,24 @@ def job_needs(settings: Settings, base: BaseModel, plan: TrainPlan) -> tuple[int
 
 
 def claim_next(
-    connection: Connection, worker: str, room: Capacity, *, idle: bool = False
+    connection: Connection,
+    worker: str,
+    room: Capacity,
+    *,
+    idle: bool = False,
+    kind: str = CUSTOMIZATION,
 ) -> Job | None:
     """Claim the job whose turn it is, if this worker has room for it.
 
     Args:
-        room: what the worker's running jobs have left over.
+        room: what the worker's running jobs of this kind have left over.
         idle: it runs none, so the next job may start whatever it asks for: elsewhere would be
             better, but waiting for ever is worse.
+        kind: whose line is looked at.
     """
     if room.slots < 1:
         return None
-    for job in _in_turn(connection):
+    for job in _in_turn(connection, kind):
         fits = job.cores <= room.cores and job.memory_bytes <= room.memory_bytes
         if not (fits or idle):
             return None  # nobody overtakes: a large job would otherwise wait for ever
@@ -80,22 +95,24 @@ def claim_next(
     return None
 
 
-def queue_position(connection: Connection, job_id: str) -> int | None:
-    """Return how many jobs start before this one, 0 for the next; None where it does not wait."""
-    order = [job.id for job in _in_turn(connection)]
+def queue_position(connection: Connection, job_id: str, kind: str = CUSTOMIZATION) -> int | None:
+    """Return how many jobs of its kind start before this one, 0 for the next; None where it does
+    not wait."""
+    order = [job.id for job in _in_turn(connection, kind)]
     return order.index(job_id) if job_id in order else None
 
 
-def _in_turn(connection: Connection) -> list[LiveJob]:
-    """Return the waiting jobs in the order of their turns.
+def _in_turn(connection: Connection, kind: str) -> list[LiveJob]:
+    """Return the waiting jobs of a kind in the order of their turns.
 
     Accounts take turns, the one first that has not had one for longest; within an account, the
     older job is first.
     """
     waiting: dict[str, list[LiveJob]] = defaultdict(list)
     for job in jobs.live_jobs(connection, ("queued",)):
-        waiting[job.account].append(job)
-    last = jobs.last_claims(connection, waiting.keys())
+        if job.kind == kind:
+            waiting[job.account].append(job)
+    last = jobs.last_claims(connection, waiting.keys(), kind)
     accounts = sorted(waiting, key=lambda account: last[account])  # stable: then the older job
     rounds = itertools.zip_longest(*(waiting[account] for account in accounts))
     return [job for turn in rounds for job in turn if job is not None]

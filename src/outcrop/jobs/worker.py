@@ -26,7 +26,7 @@ from outcrop.processes.supervise import describe_exit
 from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import check_version, connect, transaction
-from outcrop.store.rows import Job, LiveJob
+from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, Job, LiveJob
 from outcrop.train.portions import gibibytes
 
 logger = logging.getLogger("outcrop.worker")
@@ -41,6 +41,7 @@ EXIT_SECONDS = 30.0
 PAUSE_SECONDS = 2.0
 """After a fault of the machine (database away, no process to be had), before the next try."""
 LOG_TAIL_BYTES = 600
+_KINDS = (CUSTOMIZATION, DATA_TASK)
 KILL_SECONDS = 10.0
 """An attempt that ends so soon after the kernel ended some process for memory was that process:
 freeing gigabytes takes a moment, and nobody looks more often than POLL_SECONDS."""
@@ -112,8 +113,10 @@ class Worker:
         self._recover([job for job in live.values() if job.status in jobs.HELD])
         queued = [job for job in live.values() if job.status == "queued"]
         exhausted = any(job.lost_attempts >= self.settings.max_job_attempts for job in queued)
-        if exhausted or (queued and self._room().slots > 0):
-            self._claim()
+        for kind in _KINDS:
+            waits = any(job.kind == kind for job in queued)
+            if exhausted or (waits and self._room(kind).slots > 0):
+                self._claim(kind)
 
     def shut_down(self) -> None:
         """End all attempts; their jobs go back to the queue, and the attempts do not count."""
@@ -162,7 +165,8 @@ class Worker:
         said = f" The last line of its log: {tail.splitlines()[-1]}" if tail else ""
         with transaction(self.engine) as connection:
             now = jobs.get_job_by_id(connection, job.id)
-            if now is not None and held.kill_at is None and self._died_of_memory(now, code):
+            may_shrink = held.kill_at is None and job.kind == CUSTOMIZATION
+            if now is not None and may_shrink and self._died_of_memory(now, code):
                 unfinished = self._cut(connection, now, reason, said)
             else:
                 unfinished = jobs.requeue(connection, job.id, job.fence, reason + said)
@@ -230,12 +234,15 @@ class Worker:
                 if jobs.requeue(connection, job.id, job.fence, reason, heartbeat=job.heartbeat):
                     logger.warning("job %s goes back to the queue: %s", job.id, reason)
 
-    def _claim(self) -> None:
+    def _claim(self, kind: str) -> None:
         while True:
             with transaction(self.engine) as connection:
                 for job_id in jobs.fail_exhausted(connection, self.settings.max_job_attempts):
                     logger.error("job %s was tried too often and is failed", job_id)
-                job = queue.claim_next(connection, self.name, self._room(), idle=not self._held)
+                idle = not any(held.job.kind == kind for held in self._held.values())
+                job = queue.claim_next(
+                    connection, self.name, self._room(kind), idle=idle, kind=kind
+                )
             if job is None:
                 return
             logger.info("job %s: attempt %d begins", job.id, job.attempts)
@@ -248,14 +255,15 @@ class Worker:
                 raise
             self._held[job.id] = _Held(job, attempt, self._clock())
 
-    def _room(self) -> queue.Capacity:
-        cores = sum(held.job.cores for held in self._held.values())
-        memory = sum(held.job.memory_bytes for held in self._held.values())
+    def _room(self, kind: str) -> queue.Capacity:
+        held = [held.job for held in self._held.values() if held.job.kind == kind]
+        if kind == DATA_TASK:
+            return replace(queue.UNBOUNDED, slots=queue.TASK_SLOTS - len(held))
         return replace(
             self._capacity,
-            cores=self._capacity.cores - cores,
-            memory_bytes=self._capacity.memory_bytes - memory,
-            slots=self._capacity.slots - len(self._held),
+            cores=self._capacity.cores - sum(job.cores for job in held),
+            memory_bytes=self._capacity.memory_bytes - sum(job.memory_bytes for job in held),
+            slots=self._capacity.slots - len(held),
         )
 
 

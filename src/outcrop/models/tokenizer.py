@@ -88,6 +88,11 @@ class Tokenizer:
         """The token that ends a raw text; None where the model has none."""
 
     @property
+    def plain(self) -> tokenizers.Tokenizer:
+        """What encodes text of a user; for those who look at how it cuts a text."""
+        return self._plain
+
+    @property
     def vocab_size(self) -> int:
         """The number of ids, control tokens included."""
         return self._scaffold.get_vocab_size(with_added_tokens=True)

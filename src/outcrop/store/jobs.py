@@ -21,6 +21,7 @@ from outcrop.store import events, models, tables, tokens
 from outcrop.store.database import lock_account
 from outcrop.store.listing import Listing, list_page
 from outcrop.store.rows import (
+    CUSTOMIZATION,
     Job,
     JobStatus,
     LiveJob,
@@ -156,6 +157,40 @@ def stages(connection: Connection, job_id: str) -> dict[str, Stage]:
     return {row.stage: from_row(Stage, row) for row in rows}
 
 
+def last_speed(
+    connection: Connection,
+    account: str,
+    region: str,
+    weights: str,
+    method: str,
+    *,
+    default_method: str,
+) -> tuple[str, float] | None:
+    """Return name and tokens a second of an account's last completed job of the same weights and
+    method, among its last 100; None where there is none.
+
+    Args:
+        default_method: of jobs that named none.
+    """
+    columns = _TABLE.c
+    query = (
+        sa.select(columns.name, columns.spec, columns.progress)
+        .where(
+            *(columns.account == account, columns.region == region),
+            *(columns.kind == CUSTOMIZATION, columns.status == "completed"),
+        )
+        .order_by(columns.number.desc())
+        .limit(100)
+    )
+    for row in connection.execute(query):
+        sent = row.spec.get("userHyperParameters", {}).get("method", default_method)
+        if (row.spec.get("weights"), sent) == (weights, method):
+            speed = row.progress.get("tokensPerSecond")
+            if speed:
+                return row.name, float(speed)
+    return None
+
+
 def live_jobs(connection: Connection, statuses: Sequence[JobStatus] = LIVE) -> list[LiveJob]:
     """Return the jobs of all accounts that have not ended, in the order they were created."""
     columns = [_TABLE.c[item.name] for item in fields(LiveJob)]
@@ -164,19 +199,22 @@ def live_jobs(connection: Connection, statuses: Sequence[JobStatus] = LIVE) -> l
     return [LiveJob(*row) for row in rows]  # asked five times a second, so without from_row
 
 
-def count_by_status(connection: Connection) -> dict[str, int]:
-    """Return how many jobs of all accounts are in each state that any is in."""
+def count_by_status(connection: Connection, kind: str = CUSTOMIZATION) -> dict[str, int]:
+    """Return how many jobs of one kind, of all accounts, are in each state that any is in."""
     status = _TABLE.c.status
-    query = sa.select(status, sa.func.count().label("jobs")).group_by(status)
+    query = sa.select(status, sa.func.count().label("jobs")).where(_TABLE.c.kind == kind)
+    query = query.group_by(status)
     return {row.status: row.jobs for row in connection.execute(query)}
 
 
-def last_claims(connection: Connection, accounts: Collection[str]) -> dict[str, int]:
-    """Return the number of each account's last claim, which grows from claim to claim."""
+def last_claims(
+    connection: Connection, accounts: Collection[str], kind: str = CUSTOMIZATION
+) -> dict[str, int]:
+    """Return the number of each account's last claim of a kind; it grows from claim to claim."""
     columns = _TABLE.c
     query = (
         sa.select(columns.account, sa.func.max(columns.claim_number).label("last"))
-        .where(columns.account.in_(accounts))
+        .where(columns.account.in_(accounts), columns.kind == kind)
         .group_by(columns.account)
     )
     return {row.account: row.last for row in connection.execute(query)}
@@ -383,6 +421,30 @@ def complete_job(
     False where the lease is lost or the job was asked to stop.
     """
     lock_account(connection, model.account, model.region)
+    if not _complete(connection, job_id, fence, result):
+        return False
+    models.insert_model(connection, model)
+    _event(connection, job_id, "INFO", "Completed", f"The model {model.name} was published.")
+    return True
+
+
+def complete_task(
+    connection: Connection, job_id: str, fence: int, *, result: dict[str, Any], message: str
+) -> bool:
+    """End a job that makes no model.
+
+    Args:
+        message: what came of it, in a sentence for its owner.
+    Returns:
+        False where the lease is lost or the job was asked to stop.
+    """
+    if not _complete(connection, job_id, fence, result):
+        return False
+    _event(connection, job_id, "INFO", "Completed", message)
+    return True
+
+
+def _complete(connection: Connection, job_id: str, fence: int, result: dict[str, Any]) -> bool:
     now = datetime.now(UTC)
     query = (
         sa.update(_TABLE)
@@ -391,9 +453,7 @@ def complete_job(
     )
     if connection.execute(query).rowcount != 1:
         return False
-    models.insert_model(connection, model)
     _set_live_stages(connection, job_id, "Completed")
-    _event(connection, job_id, "INFO", "Completed", f"The model {model.name} was published.")
     return True
 
 

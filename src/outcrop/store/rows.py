@@ -12,6 +12,8 @@ import sqlalchemy as sa
 
 JobStatus = Literal["queued", "running", "stopping", "completed", "failed", "stopped"]
 T = TypeVar("T")
+CUSTOMIZATION, DATA_TASK = "customization", "data"
+"""The kinds of jobs: one trains a model, one works on data. Each kind has a line of its own."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class NewJob:
     account: str
     region: str
     kind: str
-    """What it does: "customization"."""
+    """What it does: CUSTOMIZATION or DATA_TASK."""
     arn: str
     name: str
     owner_principal: str
@@ -87,6 +89,7 @@ class LiveJob:
     lost_attempts: int
     cores: int
     memory_bytes: int
+    kind: str
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
     adapterRank     width of the adapter
     adapterAlpha    the adapter is multiplied by adapterAlpha / adapterRank
     adapterTargets  the layers that have one, separated by commas
+    dataPolicy      "report" or "clean": whether the data are trained on as they stand
 
 What a job leaves out is the catalogue's, or that of the adapter it starts from: training goes on
 from the values of that one, so the new one must have room for it. Loads no torch.
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 
 from outcrop.models.catalog import ADAPTER, FULL, OWN_HYPER_PARAMETERS, BaseModel, LoraConfig
 
-METHOD, TARGETS = "method", "adapterTargets"
+METHOD, TARGETS, POLICY = "method", "adapterTargets", "dataPolicy"
+REPORT, CLEAN = "report", "clean"
+"""What becomes of data that can be trained on and have something to drop or to repair: it is
+reported and nothing else, or it is dropped and repaired before training."""
 RANK, ALPHA = (row.name for row in OWN_HYPER_PARAMETERS)
-OWN_NAMES = (METHOD, RANK, ALPHA, TARGETS)
+OWN_NAMES = (METHOD, RANK, ALPHA, TARGETS, POLICY)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Choice:
     method: str
     lora: LoraConfig
     """The adapter's shape; without meaning where all weights are trained."""
+    data_policy: str
+    """REPORT or CLEAN."""
 
 
 def choose(
@@ -56,6 +62,11 @@ def choose(
     method = sent.get(METHOD, base.method)
     if method not in (ADAPTER, FULL):
         findings.append(f"Hyperparameter {METHOD} is {method[:40]!r}; it must be adapter or full.")
+    policy = sent.get(POLICY, REPORT)
+    if policy not in (REPORT, CLEAN):
+        findings.append(
+            f"Hyperparameter {POLICY} is {policy[:40]!r}; it must be {REPORT} or {CLEAN}."
+        )
     start = base.lora if parent is None or parent.adapter is None else parent.adapter
     rank = _given(sent, RANK, read)
     alpha = _given(sent, ALPHA, read)
@@ -74,7 +85,7 @@ def choose(
     lora = LoraConfig(width, start.scaling * width if alpha is None else alpha, targets)
     if method == ADAPTER and parent is not None and parent.adapter is not None and not findings:
         findings += _too_small(lora, parent.name, parent.adapter)
-    return Choice(method, lora), findings
+    return Choice(method, lora, policy), findings
 
 
 def _given(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from outcrop.errors import ValidationException
 from outcrop.models.catalog import OWN_HYPER_PARAMETERS
-from outcrop.train.own_parameters import OWN_NAMES, Choice, choose
+from outcrop.train.own_parameters import OWN_NAMES, REPORT, Choice, choose
 from outcrop.train.own_parameters import Parent as Parent
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class TrainPlan:
     hyper_parameters: Mapping[str, str]
     """In effect: the user's as they were sent, and defaults in Bedrock's form. Those of our own are
     there only where they were sent: who compares with Bedrock's tables finds no strange name."""
+    data_policy: str = REPORT
+    """REPORT trains on the data as they stand, CLEAN on what cleaning makes of them."""
 
     def total_steps(self, num_examples: int) -> int:
         """Return the number of optimizer steps for so many training records."""
@@ -200,6 +202,7 @@ def _plan(
         early_stopping=early_stopping,
         evaluation_percentage=percentage,
         hyper_parameters=dict(effective),
+        data_policy=choice.data_policy,
     )
 
 

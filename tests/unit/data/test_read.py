@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outcrop.data.read import MAX_LINE_BYTES, read_lines
+from outcrop.data.read import MAX_LINE_BYTES, read_lines, scan_lines
 from outcrop.errors import DataError
 
 FILE = "s3://bucket/train.jsonl"
@@ -41,7 +43,8 @@ def test_search_for_a_key_that_stands_twice_takes_no_longer_than_reading() -> No
     names = [*(str(number) for number in range(30_000)), "29999"]
     line = ("{" + ", ".join(f'"{name}": 1' for name in names) + "}").encode()
     began = time.process_time()
-    assert refusal(line).code == "duplicate_key"
+    (found,) = scan_lines(io.BytesIO(line), FILE)
+    assert [finding.code for finding in found.findings] == ["duplicate_key"]
     assert time.process_time() - began < 3
 
 
@@ -60,8 +63,6 @@ def test_unicode_line_separators_do_not_end_a_line() -> None:
         (b'{"a": "\x07"}', "invalid_json", "Invalid control character"),
         (b"[" * 100_000, "invalid_json", "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "invalid_json", "a number is too long"),
-        (b'{"a": 1, "a": 2}', "duplicate_key", "The key 'a' stands there twice"),
-        (b'{"x": {"a": 1, "a": 2}}', "duplicate_key", "The key 'a' stands there twice"),
         (b'{"a": "\x00"}', "null_byte", "NUL"),
         (b'{"a": "\x83J"}', "invalid_utf8", "Byte 8 of the line is not UTF-8"),
         (b'{"a": "cut \xe3\x82"}', "invalid_utf8", "not UTF-8"),
@@ -83,6 +84,16 @@ def test_a_line_that_cannot_be_used_is_refused_with_its_place(
     assert says in str(error)
     assert len(str(error)) < 400
     assert pickle.loads(pickle.dumps(error)).code == code
+
+
+@pytest.mark.parametrize("line", [b'{"a": 1, "a": 2}', b'{"x": {"a": 1, "a": 2}}'])
+def test_a_key_that_stands_twice_is_said_and_the_last_one_counts(line: bytes) -> None:
+    (found,) = scan_lines(io.BytesIO(line), FILE)
+    assert [(finding.code, finding.value) for finding in found.findings] == [
+        ("duplicate_key", "'a'")
+    ]
+    assert found.value == json.loads(line)
+    assert read(line) == [(1, json.loads(line))]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" \r\n\t\n"])
@@ -110,6 +121,128 @@ def test_a_line_longer_than_the_limit_is_refused_without_being_read() -> None:
         list(read_lines(io.BufferedReader(Endless()), FILE))
     assert (raised.value.code, raised.value.line) == ("too_long", 1)
     assert Endless.given < 2 * MAX_LINE_BYTES
+
+
+# What JSONL files are made of, and what breaks them.
+PIECES = st.sampled_from(
+    [
+        *(
+            b"{}",
+            b'{"a": 1}',
+            b'{"a": "\\u00e9"}',
+            b'{"a": 1, "a": 2}',
+            b"[1]",
+            b"null",
+            b"{'a': 1}",
+        ),
+        *(
+            b"\n",
+            b"\r\n",
+            b"\n\n",
+            b" ",
+            b"\xef\xbb\xbf",
+            b"\xff",
+            b"\0",
+            b"\xe2\x80\xa8",
+            b"9" * 5000,
+        ),
+        *(b'{"a": 1e999}', b'{"a": NaN}', b'{"a": "\\ud83d"}', b"[" * 3000),
+    ]
+)
+
+
+@given(st.lists(PIECES | st.binary(max_size=20), max_size=20).map(b"".join), st.integers(1, 40))
+def test_where_a_file_is_cut_into_chunks_makes_no_difference(content: bytes, size: int) -> None:
+    whole = list(scan_lines(io.BytesIO(content), FILE))
+    cut = list(scan_lines(io.BytesIO(content), FILE, chunk_bytes=size))
+    assert repr(cut) == repr(whole)  # NaN is not equal to itself
+
+
+@given(st.lists(PIECES | st.binary(max_size=20), max_size=20).map(b"".join))
+def test_every_line_of_any_bytes_is_yielded_once_with_its_number_and_a_reason(
+    content: bytes,
+) -> None:
+    if content.startswith(b"\x1f\x8b"):
+        return
+    lines = list(scan_lines(io.BytesIO(content), FILE))
+    expected = content.split(b"\n")
+    if not expected[-1]:
+        expected.pop()
+    assert [line.number for line in lines] == list(range(1, len(expected) + 1))
+    for line, raw in zip(lines, expected, strict=True):
+        bare = raw.removeprefix(b"\xef\xbb\xbf") if line.number == 1 else raw
+        assert line.is_blank == (not bare.strip(b" \t\r\n"))
+        assert line.value is not None or line.findings
+        assert all(finding.message.isprintable() for finding in line.findings)
+        assert line.value is None or line.raw.decode() is not None
+
+
+def test_a_long_line_is_passed_over_and_the_next_one_is_read() -> None:
+    long = b'{"a": "' + b"x" * (2 * MAX_LINE_BYTES) + b'"}'
+    content = b'{"b": 1}\n' + long + b'\n{"c": 2}\n' + long
+    found = list(scan_lines(io.BytesIO(content), FILE))
+    assert [(line.number, line.value) for line in found] == [
+        (1, {"b": 1}),
+        (2, None),
+        (3, {"c": 2}),
+        (4, None),
+    ]
+    assert [line.findings[-1].code for line in found if line.value is None] == ["too_long"] * 2
+    assert max(len(line.raw) for line in found) < 1000
+
+
+def test_a_line_of_gigabytes_is_passed_over_in_bounded_memory() -> None:
+    class Long(io.RawIOBase):
+        """A line of 256 MiB, and one after it; blocks are made as they are asked for."""
+
+        left = 256 * 2**20
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            if self.left <= 0:
+                tail = b'\n{"b": 1}\n' if self.left == 0 else b""
+                self.left = -1
+                buffer[: len(tail)] = tail
+                return len(tail)
+            size = min(len(buffer), self.left)
+            buffer[:size] = b"a" * size
+            self.left -= size
+            return size
+
+    tracemalloc.start()
+    try:
+        found = list(scan_lines(io.BufferedReader(Long()), FILE))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [(line.number, line.value) for line in found] == [(1, None), (2, {"b": 1})]
+    assert peak < 4 * MAX_LINE_BYTES
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_a_packed_file_is_read_as_if_it_were_not(size: int) -> None:
+    content = b"\n".join(b'{"a": %d}' % number for number in range(500))
+    packed = gzip.compress(content[:2000]) + gzip.compress(content[2000:])  # two members
+    found = scan_lines(io.BytesIO(packed), FILE, chunk_bytes=size)
+    assert [(line.number, line.value) for line in found] == [
+        (number + 1, {"a": number}) for number in range(500)
+    ]
+
+
+def test_a_packed_file_that_breaks_off_or_is_damaged_is_refused() -> None:
+    packed = gzip.compress(b'{"a": 1}\n' * 1000)
+    for damaged in (packed[:-20], packed[:20] + b"\0" * 20 + packed[40:], b"\x1f\x8b"):
+        error = refusal(damaged)
+        assert error.code == "invalid_gzip"
+        assert "cannot be unpacked" in str(error)
+
+
+def test_numbers_beyond_a_float_and_nesting_without_end_are_no_json() -> None:
+    for line in (b'{"a": 1e999}', b'{"a": -1e999}', b'{"a": ' * 100_000):
+        (found,) = scan_lines(io.BytesIO(line), FILE)
+        assert [finding.code for finding in found.findings] == ["invalid_json"]
 
 
 @given(st.binary(max_size=300))

@@ -37,8 +37,7 @@ class MemoryStore(ObjectStore):
 
     def write(self, uri: S3Uri, content: bytes | Path) -> None:
         self._answer()
-        assert isinstance(content, bytes)
-        self.content[uri] = content
+        self.content[uri] = content.read_bytes() if isinstance(content, Path) else content
 
     def list(self, bucket: str, prefix: str = "") -> Iterator[ObjectInfo]:
         self._answer()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 from sqlalchemy import Engine
-from tests.unit.store.build import claimed, running
+from tests.unit.store.build import claimed, new_task, running
 
 from outcrop.errors import (
     DataError,
@@ -111,6 +111,24 @@ def test_memory_that_is_refused_outside_of_a_step_fails_the_job_with_the_figures
     assert failed.status == "failed"
     for text in ("allowed 4.00 GiB", "its peak was", "the machine has", "Nothing was published"):
         assert text in str(failed.failure_message)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "The task does not fit into memory: the peak of its process"),
+        (OSError(errno.ENOSPC, "full"), "The task's files could not be written"),
+    ],
+)
+def test_a_data_task_speaks_of_itself_and_not_of_a_model(
+    engine: Engine, error: Exception, says: str
+) -> None:
+    with transaction(engine) as connection:
+        task = claimed(connection, jobs.create_job(connection, new_task("t")))
+    assert attempt(engine, task, error) == 0
+    message = str(as_it_stands(engine, task).failure_message)
+    assert says in message
+    assert "model" not in message
 
 
 def test_a_process_that_memory_has_spoilt_hands_its_job_over(

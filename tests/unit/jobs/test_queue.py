@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine
-from tests.unit.store.build import ACCOUNT, OTHER_ACCOUNT, queued, running
+from tests.unit.store.build import ACCOUNT, OTHER_ACCOUNT, new_task, queued, running
 
 from outcrop.jobs import queue
 from outcrop.jobs.memory import machine_memory
@@ -17,7 +17,7 @@ from outcrop.models.catalog import BaseModel, load_catalog
 from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import transaction
-from outcrop.store.rows import LiveJob
+from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, LiveJob
 from outcrop.train.plan import TrainPlan, make_plan
 
 THIRD_ACCOUNT = "333333333333"
@@ -104,6 +104,20 @@ def test_idle_worker_takes_a_job_that_is_too_large_for_it(engine: Engine) -> Non
         assert queue.claim_next(connection, "w", ROOM, idle=True) is not None
 
 
+def test_tasks_and_jobs_wait_in_lines_of_their_own(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        queued(connection, "job")
+        for name in ("t1", "t2"):
+            task = jobs.create_job(connection, new_task(name))
+        assert queue.queue_position(connection, task.id, DATA_TASK) == 1
+        assert queue.queue_position(connection, task.id) is None
+        claimed = queue.claim_next(connection, "w", ROOM, kind=DATA_TASK)
+        assert claimed is not None
+        assert claimed.name == "t1"
+        assert queue.queue_position(connection, task.id, DATA_TASK) == 0
+    assert run_all(engine) == ["job"]
+
+
 def test_workers_that_claim_at_once_never_get_the_same_job(engine: Engine) -> None:
     with transaction(engine) as connection:
         for number in range(12):
@@ -137,7 +151,7 @@ class Clock:
 
 
 def held(heartbeat: int = 0, fence: int = 1, job_id: str = "j") -> LiveJob:
-    return LiveJob(job_id, ACCOUNT, "running", "w", fence, heartbeat, 0, 1, 1)
+    return LiveJob(job_id, ACCOUNT, "running", "w", fence, heartbeat, 0, 1, 1, CUSTOMIZATION)
 
 
 def test_lease_ends_after_silence_on_the_watchers_own_clock() -> None:

@@ -7,9 +7,15 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from outcrop.ids import custom_model_arn, customization_job_arn, new_id, provisioned_model_arn
+from outcrop.ids import (
+    custom_model_arn,
+    customization_job_arn,
+    data_task_arn,
+    new_id,
+    provisioned_model_arn,
+)
 from outcrop.store import jobs
-from outcrop.store.rows import Job, NewCustomModel, NewJob, NewProvisionedModel
+from outcrop.store.rows import DATA_TASK, Job, NewCustomModel, NewJob, NewProvisionedModel
 
 ACCOUNT, OTHER_ACCOUNT = "123456789012", "210987654321"
 REGION = "us-east-1"
@@ -34,6 +40,21 @@ def new_job(name: str, account: str = ACCOUNT, **fields: Any) -> NewJob:
         **fields,
     }
     return NewJob(id=job_id, account=account, name=name, **values)
+
+
+def new_task(name: str, account: str = ACCOUNT, **fields: Any) -> NewJob:
+    """A data task to be queued."""
+    task_id = new_id()
+    values: dict[str, Any] = {
+        "id": task_id,
+        "kind": DATA_TASK,
+        "arn": data_task_arn(REGION, account, task_id),
+        "spec": {"kind": "check"},
+        "stages": ("check",),
+        "model_name": None,
+        **fields,
+    }
+    return new_job(name, account, **values)
 
 
 def queued(connection: Connection, name: str, account: str = ACCOUNT, **fields: Any) -> Job:

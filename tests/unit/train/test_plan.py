@@ -228,9 +228,11 @@ def test_full_fine_tuning_takes_the_rate_as_it_is() -> None:
 
 
 def test_our_own_parameters_come_back_only_where_they_were_sent() -> None:
-    assert not {"method", "adapterRank", "adapterAlpha", "adapterTargets"} & set(
-        plan(TITAN).hyper_parameters
-    )
+    own = {"method", "adapterRank", "adapterAlpha", "adapterTargets", "dataPolicy"}
+    assert not own & set(plan(TITAN).hyper_parameters)
+    assert plan(TITAN).data_policy == "report"
+    cleans = plan(TITAN, dataPolicy="clean")
+    assert (cleans.data_policy, cleans.hyper_parameters["dataPolicy"]) == ("clean", "clean")
     sent = {"adapterTargets": "v_proj, q_proj", "adapterRank": "8"}
     made = make_plan(base(TITAN), "FINE_TUNING", sent, has_validation=False)
     assert made.hyper_parameters == {**plan(TITAN).hyper_parameters, **sent}
@@ -254,6 +256,7 @@ def test_a_rank_alone_keeps_the_scaling_that_the_learning_rate_was_chosen_for() 
     [
         ({"method": "lora"}, "method is 'lora'; it must be adapter or full"),
         ({"method": ""}, "method is ''"),
+        ({"dataPolicy": "drop"}, "dataPolicy is 'drop'; it must be report or clean"),
         ({"adapterRank": "0"}, "adapterRank is '0'; it must be a whole number from 1 to 256"),
         ({"adapterRank": "257"}, "adapterRank is '257'"),
         ({"adapterRank": "8.0"}, "adapterRank is '8.0'"),

@@ -1,0 +1,193 @@
+"""What a request for customization asks for, checked as far as it can be known without the data.
+
+A job and a data task that foretells one ask with the same members, and are refused alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection
+
+from outcrop.api.context import RequestContext
+from outcrop.api.resources import CUSTOM_MODEL
+from outcrop.errors import ModelError, ValidationException
+from outcrop.identity.authorize import assume_role_for_service
+from outcrop.ids import S3Uri, foundation_model_arn
+from outcrop.jobs.parents import describe_parent, plan_parent
+from outcrop.jobs.places import (
+    TRAINING,
+    VALIDATION,
+    check_bucket,
+    check_present,
+    check_readable,
+    check_writable,
+    file_place,
+    output_place,
+)
+from outcrop.models.catalog import CONTINUED_PRE_TRAINING, FINE_TUNING, BaseModel
+from outcrop.models.weights import weights_folder
+from outcrop.objects.client import ObjectStore
+from outcrop.store import models
+from outcrop.store.rows import CustomModel
+from outcrop.train.plan import TrainPlan, make_plan
+
+OFFERED_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that may become a job, as far as the data are not looked at."""
+
+    base: BaseModel
+    parent: CustomModel | None
+    """The custom model to start from; None starts from the base model."""
+    plan: TrainPlan
+    training: S3Uri
+    validation: tuple[S3Uri, ...]
+    output: S3Uri
+    spec: dict[str, Any]
+    """What the job's row records of it, beside the members as they were sent."""
+
+
+def prepare(connection: Connection, context: RequestContext, params: dict[str, Any]) -> Prepared:
+    """Resolve the model, make the plan, and ask whether the role may read and write.
+
+    Raises:
+        AccessDeniedException: the caller may not start from that custom model.
+        ValidationException: a member is wrong, or the role may not.
+    """
+    base, parent = _starting_point(connection, context, params["baseModelIdentifier"])
+    _refuse_what_is_not_offered(base, params)
+    lineage = {} if parent is None else {"parent": describe_parent(parent)}
+    customization_type = params.get("customizationType", FINE_TUNING)
+    plan = make_plan(
+        base,
+        customization_type,
+        params.get("hyperParameters", {}),
+        has_validation=bool(_validators(params)),
+        parent=plan_parent(lineage),
+    )
+    role = assume_role_for_service(connection, context.account, params["roleArn"])
+    training, validation, output = _places(params)
+    for uri in (training, *validation):
+        check_readable(connection, role, uri)
+    check_writable(connection, role, output)
+    root_arn = foundation_model_arn(context.region, base.customization_id)
+    spec = {
+        "customizationType": customization_type,
+        "baseModelId": base.model_id,
+        # An id can be given to other weights later; what is trained stays bound to these.
+        "weights": base.weights,
+        "baseModelArn": root_arn if parent is None else parent.arn,
+        "foundationModelArn": root_arn,
+        "hyperParameters": plan.hyper_parameters,
+        "userHyperParameters": params.get("hyperParameters", {}),
+        **lineage,
+    }
+    return Prepared(base, parent, plan, training, tuple(validation), output, spec)
+
+
+def check_objects(objects: ObjectStore, prepared: Prepared) -> None:
+    """Refuse unless the files and the bucket for the output are there.
+
+    Raises:
+        ValidationException: so it is.
+        ObjectStoreError: the store is away.
+    """
+    check_bucket(objects, prepared.output)
+    check_present(objects, prepared.training, TRAINING)
+    for uri in prepared.validation:
+        check_present(objects, uri, VALIDATION)
+
+
+def _starting_point(
+    connection: Connection, context: RequestContext, identifier: str
+) -> tuple[BaseModel, CustomModel | None]:
+    """Return the base model that is named, or the custom model and the base model at its root.
+
+    A custom model is named by its ARN, by its name, or by an ARN that ends in its name. Its root
+    has the weights that it was made from, also if the id stands for others by now.
+
+    Raises:
+        AccessDeniedException: the caller may not start from that custom model.
+        ValidationException: there is no such model.
+    """
+    catalog = context.services.catalog
+    base = catalog.resolve(identifier, region=context.region)
+    if base is not None:
+        return base, None
+    custom = models.get_model(connection, context.account, context.region, identifier)
+    named = identifier if identifier.startswith("arn:") else context.arn(CUSTOM_MODEL.arn_type)
+    context.require(connection, f"bedrock:{context.operation}", custom.arn if custom else named)
+    if custom is None:
+        raise ValidationException(
+            f"The provided model identifier is invalid: {identifier}. ListFoundationModels and "
+            "ListCustomModels list what can be customized."
+        )
+    base = catalog.resolve(custom.base_model_id)
+    if base is None:
+        raise ValidationException(
+            f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue any "
+            "more. Add it again with `outcrop models add`."
+        )
+    try:
+        weights_folder(context.services.settings, custom.spec["weights"])
+    except ModelError as error:
+        raise ValidationException(
+            f"The base weights of the custom model {custom.name} are not there any more. {error}"
+        ) from error
+    return replace(base, weights=custom.spec["weights"]), custom
+
+
+def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None:
+    customization_type = params.get("customizationType", FINE_TUNING)
+    if customization_type not in OFFERED_TYPES:
+        raise ValidationException(
+            f"customizationType {customization_type} is not offered yet. Offered: "
+            f"{', '.join(OFFERED_TYPES)}."
+        )
+    if customization_type not in base.customizations:
+        offered = ", ".join(base.customizations) or "none"
+        raise ValidationException(
+            f"{base.model_id} cannot be customized by {customization_type}. Offered for it: "
+            f"{offered}."
+        )
+    if "customizationConfig" in params:
+        raise ValidationException(
+            "customizationConfig belongs to distillation and reinforcement fine-tuning, which "
+            "are not offered yet. Leave it out."
+        )
+    if "customModelKmsKeyId" in params:
+        raise ValidationException(
+            "customModelKmsKeyId is not supported yet: custom models are not encrypted with a "
+            "key of yours. Leave it out to accept that."
+        )
+    if "invocationLogsConfig" in params["trainingDataConfig"]:
+        raise ValidationException(
+            "trainingDataConfig.invocationLogsConfig is not supported yet. Give "
+            "trainingDataConfig.s3Uri."
+        )
+    if len(_validators(params)) > 1:
+        raise ValidationException(
+            f"validationDataConfig.validators has {len(_validators(params))} entries; one is "
+            "allowed."
+        )
+
+
+def _validators(params: dict[str, Any]) -> list[dict[str, str]]:
+    return list(params.get("validationDataConfig", {}).get("validators", ()))
+
+
+def _places(params: dict[str, Any]) -> tuple[S3Uri, list[S3Uri], S3Uri]:
+    training = params["trainingDataConfig"].get("s3Uri")
+    if training is None:
+        raise ValidationException(
+            "trainingDataConfig.s3Uri must name the training data, a JSONL file."
+        )
+    return (
+        file_place(TRAINING, training),
+        [file_place(VALIDATION, validator["s3Uri"]) for validator in _validators(params)],
+        output_place("outputDataConfig.s3Uri", params["outputDataConfig"]["s3Uri"]),
+    )
