@@ -48,8 +48,8 @@ def write_file(path: Path, count: int, seed: int) -> None:
     with path.open("w", encoding="utf-8") as stream:
         for number in range(count):
             record = {
-                "prompt": f"Summarize the following text.\n\n{text(60, 220)}\n\nSummary:",
-                "completion": f" {text(15, 50)}",
+                "prompt": f"Summarize the following text.\n\n{text(40, 160)}\n\nSummary:",
+                "completion": f" {text(10, 36)}",
             }
             if number % REPEATED == REPEATED - 1:
                 record = previous
