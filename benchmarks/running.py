@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,12 +46,17 @@ class Running:
 
 
 @contextmanager
-def running_service(data_dir: Path) -> Iterator[Running]:
-    """Run `outcrop serve` on a free port; its messages go to `serve.log` beside the directory."""
+def running_service(data_dir: Path, settings: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """Run `outcrop serve` on a free port; its messages go to `serve.log` beside the directory.
+
+    Args:
+        settings: environment variables beside this process's own.
+    """
     with (data_dir.parent / "serve.log").open("ab") as log:
         started = time.perf_counter()
         process = subprocess.Popen(
             (*OUTCROP, "serve", "--port", "0", "--data-dir", str(data_dir)),
+            env={**os.environ, **(settings or {})},
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
