@@ -71,7 +71,7 @@ def publish(data_dir: Path, adapters: Sequence[Path], count: int) -> list[str]:
                     foundation_model_arn=base_arn,
                     customization_type="FINE_TUNING",
                     hyper_parameters={"epochCount": "1"},
-                    spec={},
+                    spec={"weights": base.weights},
                     metrics={},
                     artifact_path=path,
                     artifact_digest=digests[number % len(adapters)],
