@@ -23,11 +23,13 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.running import busy_seconds, child_seconds
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +141,8 @@ def run_contender(
 ) -> dict[str, Any]:
     """Have an engine do a page in a process of its own, and return the page that it wrote.
 
+    Beside it `others`: how many cores everything else on the machine used meanwhile.
+
     Args:
         folder: receives the pages and the process's messages.
     """
@@ -157,6 +161,7 @@ def run_contender(
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
+    started, busy, own = time.perf_counter(), busy_seconds(), child_seconds()
     with log.open("wb") as stream:
         code = subprocess.run(
             [*command, str(work), str(answer)],
@@ -169,5 +174,7 @@ def run_contender(
     if code != 0 or not answer.exists():
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
         raise SystemExit("\n".join([f"{contender.name} ended with code {code}; see {log}", *last]))
+    seconds = time.perf_counter() - started
+    others = (busy_seconds() - busy - (child_seconds() - own)) / seconds
     result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return result
+    return {**result, "others": max(0.0, others)}

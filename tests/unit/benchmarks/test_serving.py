@@ -64,7 +64,13 @@ def test_an_adapter_in_gguf_turns_what_llama_cpp_turns(folder: Path, tmp_path: P
 def test_medians_are_compared_within_one_class_of_precision() -> None:
     def result(seconds: float, first: float) -> dict[str, object]:
         one = {"seconds": seconds, "first": first, "decoding": 10 / first}
-        return {"rows": {ONE: [one], MANY: [one]}, "start": 1.0, "peak": 1e6, "answer": []}
+        return {
+            "rows": {ONE: [one], MANY: [one]},
+            "start": 1.0,
+            "peak": 1e6,
+            "others": 0.0,
+            "answer": [],
+        }
 
     rounds = [
         {
