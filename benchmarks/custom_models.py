@@ -103,11 +103,19 @@ def buy(bedrock: Any, models_arns: Sequence[str]) -> list[str]:
     return found
 
 
-def allowed(count: int) -> dict[str, str]:
-    """Return the settings that let an account hold so many models and throughputs."""
+def allowed(count: int, **settings: str) -> dict[str, str]:
+    """Return the settings that let an account hold so many models with a model unit each.
+
+    One unit more is left for requests on demand.
+
+    Args:
+        settings: further ones, as environment variables.
+    """
     return {
         "OUTCROP_MAX_CUSTOM_MODELS": str(count),
         "OUTCROP_MAX_PROVISIONED_MODELS": str(count),
+        "OUTCROP_MACHINE_MODEL_UNITS": str(count + 1),
+        **settings,
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.training_work import peak_bytes
 
+from outcrop.data.records import Message
 from outcrop.serve.engine import BatchEngine
 from outcrop.serve.request import Event, Generation, GenerationRequest, SamplingParams, TokenEvent
 
@@ -50,6 +51,14 @@ def start_engine(weights: Path, threads: int, options: dict[str, Any]) -> BatchE
     engine = BatchEngine(weights, threads=threads, **options)
     engine.renderer.end_token_ids = ()
     return engine
+
+
+def cut(engine: BatchEngine, text: str, num_tokens: int) -> str:
+    """Return as much of a text as makes a prompt of so many tokens, with the template."""
+    words = text.split()
+    while words and engine.count_tokens((Message("user", " ".join(words)),)) > num_tokens:
+        words.pop()
+    return " ".join(words)
 
 
 def ask(

@@ -50,7 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="many-", dir=CACHE) as name:
         data_dir = Path(name) / "data"
         place_weights(data_dir)
-        with running_service(data_dir, allowed(options.models)) as service:
+        # A thousandth of the machine would be throttled; what is measured here is loading.
+        settings = allowed(options.models, OUTCROP_MACHINE_TOKENS_PER_SECOND="1000000")
+        with running_service(data_dir, settings) as service:
             bedrock = boto3.client("bedrock", **service.credentials())
             runtime = boto3.client("bedrock-runtime", **service.credentials())
             ask(runtime, BASE_MODEL)

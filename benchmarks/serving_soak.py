@@ -54,8 +54,8 @@ CANCELLED_SHARE = 0.1
 PROMPT_WORDS, ANSWER_TOKENS = (10, 120), (16, 64)
 WARM_UP_SHARE = 0.2
 """Of the time, whose memory is not looked at for growth: caches are filled in it."""
-PAUSE_SECONDS = (0.5, 1.5)
-"""Before a throttled request is asked again."""
+PAUSE_FACTOR = (1.0, 1.5)
+"""Of the time after which a throttled request is told to ask again."""
 PARTS = ("model-server", "gateway", "worker", "weed", "serve")
 """Names of processes, by what their command lines hold; the first that fits."""
 KINDS = ("answers", "gone away", "throttled", "errors", "under way at the end")
@@ -141,11 +141,11 @@ async def ask_on(
         if chance.random() < CANCELLED_SHARE:
             leaves_after = chance.randrange(1, ANSWER_TOKENS[0])
         while True:
-            outcome = await ask(http, signed(service, path, body), leaves_after, found)
+            outcome, pause = await ask(http, signed(service, path, body), leaves_after, found)
             found.outcomes[outcome] += 1
             if outcome != KINDS[2]:
                 break
-            await asyncio.sleep(chance.uniform(*PAUSE_SECONDS))
+            await asyncio.sleep(pause * chance.uniform(*PAUSE_FACTOR))
 
 
 def draw_request(models: Sequence[str], chance: random.Random) -> tuple[str, bytes]:
@@ -178,23 +178,25 @@ def signed(service: Running, path: str, body: bytes) -> httpx.Request:
 
 async def ask(
     http: httpx.AsyncClient, request: httpx.Request, leaves_after: int | None, found: Found
-) -> str:
-    """Ask once and return what came of it; times go into what was found."""
+) -> tuple[str, float]:
+    """Ask once; times go into what was found.
+
+    Returns:
+        (kind, seconds): what came of it, and where it was throttled, how long to wait.
+    """
     last = time.perf_counter()
     pieces = 0
     try:
         response = await http.send(request, stream=True)
     except httpx.TransportError as error:
-        found.errors[f"no answer: {type(error).__name__}"] += 1
-        return KINDS[3]
+        return failed(found, f"no answer: {type(error).__name__}")
     try:
         if response.status_code == 429:
             await response.aread()
-            return KINDS[2]
+            return KINDS[2], float(response.headers.get("retry-after", 1.0))
         if response.status_code != 200:
             await response.aread()
-            found.errors[f"{response.status_code}: {response.text[:120]}"] += 1
-            return KINDS[3]
+            return failed(found, f"{response.status_code}: {response.text[:120]}")
         events = EventStreamBuffer()
         ended = False
         async for chunk in response.aiter_bytes():
@@ -203,8 +205,9 @@ async def ask(
                 headers = event.headers
                 if headers.get(":message-type") != "event":
                     kind = str(headers.get(":exception-type", "error"))
-                    found.errors[f"in a stream: {kind}"] += 1
-                    return KINDS[2] if kind == "throttlingException" else KINDS[3]
+                    if kind == "throttlingException":
+                        return KINDS[2], 1.0
+                    return failed(found, f"in a stream: {kind}")
                 ended = ended or is_last(headers[":event-type"], event.payload)
                 if headers[":event-type"] in ("chunk", "contentBlockDelta"):
                     now = time.perf_counter()
@@ -213,17 +216,19 @@ async def ask(
                     pieces += 1
                     found.tokens += 1
                     if leaves_after is not None and pieces >= leaves_after:
-                        return KINDS[1]
-        if not ended:
-            found.errors["a stream without its end"] += 1
-            return KINDS[3]
-        return KINDS[0]
+                        return KINDS[1], 0.0
+        return (KINDS[0], 0.0) if ended else failed(found, "a stream without its end")
     except httpx.TransportError as error:
-        found.errors[f"cut off after {pieces} pieces: {type(error).__name__}"] += 1
-        return KINDS[3]
+        return failed(found, f"cut off after {pieces} pieces: {type(error).__name__}")
     finally:
         # Ends the connection where the answer is not at its end: the client goes away.
         await response.aclose()
+
+
+def failed(found: Found, why: str) -> tuple[str, float]:
+    """Note an error and return what came of its request."""
+    found.errors[why] += 1
+    return KINDS[3], 0.0
 
 
 def is_last(kind: str, payload: bytes) -> bool:
@@ -282,7 +287,8 @@ def report(found: Found, options: argparse.Namespace) -> None:
         "serving_soak",
         f"{options.clients} clients at the same time for {options.seconds:g} s, each one request "
         f"after the other, streamed through the gateway on loopback; base and {NUM_ADAPTERS} "
-        f"custom models; prompts of {PROMPT_WORDS[0]} to {PROMPT_WORDS[1]} words, answers of "
+        f"custom models, each with a model unit of {NUM_ADAPTERS + 1}; prompts of "
+        f"{PROMPT_WORDS[0]} to {PROMPT_WORDS[1]} words, answers of "
         f"{ANSWER_TOKENS[0]} to {ANSWER_TOKENS[1]} tokens, drawn with the families' default "
         f"temperatures; one in {1 / CANCELLED_SHARE:.0f} goes away in its answer; seed "
         f"{options.seed}. A tenth of the memory's samples each is averaged; the last column is the "

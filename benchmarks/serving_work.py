@@ -103,8 +103,13 @@ def draw_prompts(tokenizer: Tokenizer, work: Work, seed: str) -> list[list[int]]
     ]
 
 
+def draw_words(seeds: random.Random, count: int) -> str:
+    """Return so many words, which are at least as many tokens."""
+    return " ".join(seeds.choices(TEXT.split(), k=count))
+
+
 def _draw(tokenizer: Tokenizer, seeds: random.Random, count: int) -> list[int]:
-    words = " ".join(seeds.choices(TEXT.split(), k=count))
+    words = draw_words(seeds, count)
     ids: list[int] = tokenizer.encode(words, add_special_tokens=False).ids
     return ids[:count]
 
