@@ -88,9 +88,8 @@ MEASURES = (
 )
 NUM_WEIGHTS = 134.5e6
 """Of the shipped model. Source: the tensors of its file; the head is the embedding."""
-QUIET = 0.3
-"""Cores that others may use; a contender beside whom they use more is asked once more."""
-Rounds = list[dict[str, dict[str, Any]]]
+Runs = dict[str, list[dict[str, Any]]]
+"""By the names of contenders; one a round."""
 
 
 def main() -> None:
@@ -107,11 +106,11 @@ def main() -> None:
     weights = shipped_weights(options.weights)
     folder = CACHE / "serving_peers"
     kept = folder / "rounds.json"
-    rounds: Rounds = []
+    runs: Runs = {}
     rates: list[float] = []
     if options.keep and kept.exists():
         before = json.loads(kept.read_text(encoding="utf-8"))
-        rounds, rates = before["rounds"], before["rates"]
+        runs, rates = before["runs"], before["rates"]
     adapters = write_adapters(weights, folder / "adapters", NUM_ADAPTERS)
     contenders = [
         prepare(contender, weights, adapters, options.peer_python, folder)
@@ -119,29 +118,20 @@ def main() -> None:
         if contender.engine == "Outcrop" or options.peer_python
         if not options.only or contender.name.startswith(tuple(options.only))
     ]
-    for number in range(len(rounds), len(rounds) + options.rounds):
-        found: dict[str, dict[str, Any]] = {}
+    for _ in range(options.rounds):
         for contender in contenders:
             rows = [name for name in options.rows if name in contender.rows]
             if not rows:
                 continue
-            page = make_page(weights, adapters, rows, options.threads, number)
+            mine = runs.setdefault(contender.name, [])
+            page = make_page(weights, adapters, rows, options.threads, len(mine))
             place = folder / contender.name.replace(" ", "-").replace(",", "")
-            result = run_contender(contender, page, options.peer_python, place)
-            if result["others"] > QUIET:
-                print(
-                    f"{contender.name} again: others took {result['others']:.1f} cores", flush=True
-                )
-                again = run_contender(contender, page, options.peer_python, place)
-                result = min(result, again, key=lambda one: float(one["others"]))
-            found[contender.name] = result
-            print(
-                f"round {number + 1}: {contender.name}: {brief(found[contender.name])}", flush=True
-            )
+            mine.append(run_contender(contender, page, options.peer_python, place))
+            print(f"{contender.name}, round {len(mine)}: {brief(mine[-1])}", flush=True)
+            kept.write_text(json.dumps({"runs": runs, "rates": rates}), encoding="utf-8")
         rates.append(memory_rate(options.threads))
-        rounds.append(found)
-        kept.write_text(json.dumps({"rounds": rounds, "rates": rates}), encoding="utf-8")
-    report(rounds, rates, options, weights)
+        kept.write_text(json.dumps({"runs": runs, "rates": rates}), encoding="utf-8")
+    report(runs, rates, options, weights)
 
 
 def prepare(
@@ -189,7 +179,7 @@ def convert(engine: str, peer_python: Path | None, source: Path, kind: str, targ
 
 def brief(result: Mapping[str, Any]) -> str:
     """Return a line about one round of a contender."""
-    parts = []
+    parts = [f"others took {result['others']:.2f} cores"]
     for name, row, what, form, _ in MEASURES:
         if values := of_round(result, row, what):
             parts.append(f"{name} {form.format(statistics.median(values))}")
@@ -205,14 +195,10 @@ def of_round(result: Mapping[str, Any], row: str, what: str) -> list[float]:
     return [one[what] for one in times if one[what] is not None]
 
 
-def of_all(rounds: Rounds, contender: str, row: str, what: str) -> list[float]:
+def of_all(runs: Runs, contender: str, row: str, what: str) -> list[float]:
     """Return the values of a measure in all rounds."""
-    return [
-        value
-        for found in rounds
-        if contender in found
-        for value in of_round(found[contender], row, what)
-    ]
+    found = [of_round(result, row, what) for result in runs.get(contender, [])]
+    return [value for values in found for value in values]
 
 
 def memory_rate(threads: int) -> float:
@@ -227,47 +213,45 @@ def memory_rate(threads: int) -> float:
     return best
 
 
-def report(
-    rounds: Rounds, rates: Sequence[float], options: argparse.Namespace, weights: Path
-) -> None:
+def report(runs: Runs, rates: Sequence[float], options: argparse.Namespace, weights: Path) -> None:
     """Write the page, and the rounds beside it."""
-    names = [item.name for item in CONTENDERS if any(item.name in found for found in rounds)]
     classes = [
         kind
         for kind in dict.fromkeys(item.precision for item in CONTENDERS)
-        if any(item.precision == kind and item.name in names for item in CONTENDERS)
+        if any(item.precision == kind and item.name in runs for item in CONTENDERS)
     ]
-    tables = {kind: table_of(rounds, kind) for kind in classes}
+    tables = {kind: table_of(runs, kind) for kind in classes}
     first, *others = classes
     more = ["\n".join([f"Weights of {kind}:", "", *table_lines(tables[kind])]) for kind in others]
+    most = max(map(len, runs.values()))
     path = write_result(
         "serving_peers",
         f"Each engine alone, without a server around it, {options.threads} threads, "
-        f"{len(rounds)} rounds in turn; 256-token prompts and 64 new tokens where nothing else is "
+        f"up to {most} rounds in turn; 256-token prompts and 64 new tokens where nothing else is "
         "said, greedy. New tokens a second include the time of the prompts. Adapters of rank "
         f"{RANK} on all linear layers. Median, and the least and the greatest of all values. The "
         "last column compares Outcrop's median with the best of the others in its table.\n\n"
         f"Weights of {first}:",
         tables[first],
-        "\n\n".join([*more, notes(rounds, rates, names, weights)]),
+        "\n\n".join([*more, notes(runs, rates, weights)]),
     )
-    page = {"contenders": names, "rates": rates, "rounds": rounds}
+    page = {"rates": rates, "runs": runs}
     path.with_suffix(".json").write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
 
 
-def table_of(rounds: Rounds, precision: str) -> list[list[str]]:
+def table_of(runs: Runs, precision: str) -> list[list[str]]:
     """Return the table of one class: a measure a row, an engine a column."""
     columns: dict[str, list[str]] = {}
     for contender in CONTENDERS:
         # What is asked with adapters and without may be two processes of one engine.
-        if contender.precision == precision and any(contender.name in found for found in rounds):
+        if contender.precision == precision and contender.name in runs:
             columns.setdefault(contender.name.partition(",")[0], []).append(contender.name)
     table = [["", *columns, "Outcrop to the best"]]
     for label, row, what, form, more_is_better in MEASURES:
         medians: dict[str, float] = {}
         cells = [label]
         for column, names in columns.items():
-            values = [value for name in names for value in of_all(rounds, name, row, what)]
+            values = [value for name in names for value in of_all(runs, name, row, what)]
             cells.append(spread(values, form))
             if values:
                 medians[column] = statistics.median(values)
@@ -289,9 +273,7 @@ def table_of(rounds: Rounds, precision: str) -> list[list[str]]:
     ):
         cells = [label]
         for names in columns.values():
-            values = [
-                found[name][key] / scale for found in rounds for name in names if name in found
-            ]
+            values = [result[key] / scale for name in names for result in runs[name]]
             cells.append(form.format(max(values)))
         table.append([*cells, ""])
     return table
@@ -307,22 +289,25 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{shown[0]} ({shown[1]} to {shown[2]}, {len(values)} times)"
 
 
-def notes(rounds: Rounds, rates: Sequence[float], names: Sequence[str], weights: Path) -> str:
+def notes(runs: Runs, rates: Sequence[float], weights: Path) -> str:
     """Return what a reader has to bear in mind."""
     tokenizer = Tokenizer.from_file(str(weights / "tokenizer.json"))
-    texts: dict[str, list[str]] = {}
-    for found in rounds:
-        for name, result in found.items():
-            answer = result["answer"]
-            text = answer if isinstance(answer, str) else tokenizer.decode(answer)
-            texts.setdefault(name, []).append(text)
+    texts = {
+        name: [
+            result["answer"]
+            if isinstance(result["answer"], str)
+            else tokenizer.decode(result["answer"])
+            for result in results
+            if ONE in result["rows"]
+        ]
+        for name, results in runs.items()
+    }
     own = texts.get("Outcrop", [])
-    alike = [
-        f"{name} {sum(a == b for a, b in zip(texts[name], own, strict=False))} of {len(own)}"
-        for name in names
-        if name != "Outcrop" and own and len(texts[name]) == len(own)
-        if not name.endswith("adapters")
-    ]
+    alike = []
+    for name, found in texts.items():
+        compared = list(zip(found, own, strict=False))
+        if name != "Outcrop" and compared:
+            alike.append(f"{name} {sum(a == b for a, b in compared)} of {len(compared)}")
     said = (
         "llama.cpp and OpenVINO answer streams of 8 adapters adapter by adapter, because neither "
         "computes several in one batch; transformers with peft does. llama.cpp is driven through "

@@ -72,17 +72,15 @@ def test_medians_are_compared_within_one_class_of_precision() -> None:
             "answer": [],
         }
 
-    rounds = [
-        {
-            "Outcrop": result(2.0, 0.1),
-            "llama.cpp f16": result(4.0, 0.2),
-            "OpenVINO fp16": result(8.0, 0.05),
-            "llama.cpp q8_0": result(1.0, 0.01),
-        }
-    ]
-    assert of_round(rounds[0]["Outcrop"], MANY, "rate") == [32 * 64 / 2.0]
-    assert of_round(rounds[0]["Outcrop"], MIXED, "rate") == []
-    heading, *rows = table_of(rounds, "16 and 32 bits")
+    runs = {
+        "Outcrop": [result(2.0, 0.1)],
+        "llama.cpp f16": [result(4.0, 0.2)],
+        "OpenVINO fp16": [result(8.0, 0.05)],
+        "llama.cpp q8_0": [result(1.0, 0.01)],
+    }
+    assert of_round(runs["Outcrop"][0], MANY, "rate") == [32 * 64 / 2.0]
+    assert of_round(runs["Outcrop"][0], MIXED, "rate") == []
+    heading, *rows = table_of(runs, "16 and 32 bits")
     assert heading == ["", "Outcrop", "llama.cpp f16", "OpenVINO fp16", "Outcrop to the best"]
     ratios = {row[0]: row[-1] for row in rows}
     assert ratios["32 streams: new tokens a second"] == "2.00"
