@@ -12,16 +12,21 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving_work import RANK
 from benchmarks.training_work import peak_bytes
 
 from outcrop.data.records import Message
 from outcrop.serve.engine import BatchEngine
 from outcrop.serve.request import Event, Generation, GenerationRequest, SamplingParams, TokenEvent
+from outcrop.serve.vllm import VllmEngine
+from outcrop.serve.vllm_library import open_vllm
+
+AnyEngine = BatchEngine | VllmEngine
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,27 @@ class Asked:
         return {"seconds": self.seconds, "first": self.first, "decoding": self.decoding}
 
 
-def start_engine(weights: Path, threads: int, options: dict[str, Any]) -> BatchEngine:
+def start_engine(weights: Path, threads: int, options: Mapping[str, Any]) -> AnyEngine:
     """Return an engine whose answers have their full length.
 
     Args:
-        options: of `BatchEngine`.
+        options: of `BatchEngine`; or {"engine": "vllm", "dtype": ...} for vLLM through the same
+            seam, in an environment that has it; its own variables say how many threads it has.
     """
-    engine = BatchEngine(weights, threads=threads, **options)
+    if options.get("engine") == "vllm":
+        dtype = str(options.get("dtype", "auto"))
+        engine: AnyEngine = VllmEngine(
+            weights,
+            lambda: open_vllm(weights, max_rank=RANK, memory_percent=90, dtype=dtype),
+            max_rank=RANK,
+        )
+    else:
+        engine = BatchEngine(weights, threads=threads, **options)
     engine.renderer.end_token_ids = ()
     return engine
 
 
-def cut(engine: BatchEngine, text: str, num_tokens: int) -> str:
+def cut(engine: AnyEngine, text: str, num_tokens: int) -> str:
     """Return as much of a text as makes a prompt of so many tokens, with the template."""
     words = text.split()
     while words and engine.count_tokens((Message("user", " ".join(words)),)) > num_tokens:
@@ -62,7 +76,7 @@ def cut(engine: BatchEngine, text: str, num_tokens: int) -> str:
 
 
 def ask(
-    engine: BatchEngine,
+    engine: AnyEngine,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     adapters: Sequence[str] = (),

@@ -17,6 +17,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -62,6 +63,10 @@ CONTENDERS = (
         *("OpenVINO fp16, adapters", "OpenVINO", FULL),
         *({"kind": "fp16", "with_adapters": True}, ADAPTER_ROWS),
     ),
+    Contender(
+        *("vLLM bfloat16", "vLLM", FULL),
+        *({"engine": "vllm", "dtype": "bfloat16"}, (*BASE_ROWS, *ADAPTER_ROWS)),
+    ),
     Contender("transformers float32", "transformers", FULL, {"dtype": "float32"}, BASE_ROWS),
     Contender(
         *("transformers float32, adapters", "transformers", FULL),
@@ -97,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--weights", type=Path, help="default: the shipped model")
     parser.add_argument("--peer-python", type=Path, help="python of the peers' environment")
+    parser.add_argument("--vllm-python", type=Path, help="of an environment with vLLM")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help="add to the rounds measured before")
@@ -112,10 +118,12 @@ def main() -> None:
         before = json.loads(kept.read_text(encoding="utf-8"))
         runs, rates = before["runs"], before["rates"]
     adapters = write_adapters(weights, folder / "adapters", NUM_ADAPTERS)
+    pythons = dict.fromkeys(PROGRAMS, options.peer_python)
+    pythons |= {"Outcrop": Path(sys.executable), "vLLM": options.vllm_python}
     contenders = [
         prepare(contender, weights, adapters, options.peer_python, folder)
         for contender in CONTENDERS
-        if contender.engine == "Outcrop" or options.peer_python
+        if pythons[contender.engine] is not None
         if not options.only or contender.name.startswith(tuple(options.only))
     ]
     for _ in range(options.rounds):
@@ -126,7 +134,7 @@ def main() -> None:
             mine = runs.setdefault(contender.name, [])
             page = make_page(weights, adapters, rows, options.threads, len(mine))
             place = folder / contender.name.replace(" ", "-").replace(",", "")
-            mine.append(run_contender(contender, page, options.peer_python, place))
+            mine.append(run_contender(contender, page, pythons[contender.engine], place))
             print(f"{contender.name}, round {len(mine)}: {brief(mine[-1])}", flush=True)
             kept.write_text(json.dumps({"runs": runs, "rates": rates}), encoding="utf-8")
         rates.append(memory_rate(options.threads))

@@ -1,12 +1,13 @@
 """How fast the serving engine answers: one stream and many, with adapters, with a common beginning.
 
-    python -m benchmarks.serving_speed [--weights FOLDER] [--threads 2] [--rounds 5]
+    python -m benchmarks.serving_speed [--weights FOLDER] [--threads 2] [--rounds 5] [--engine vllm]
 
 The engine runs in this process, as in a model server, without socket and gateway. Prompts are words
 drawn by a seed, cut to so many tokens; answers are greedy and have their full length, because no
 end token is taken as one. Each round measures every row once, so that what else the machine does
 falls on all of them alike; the page has the medians. At the end some prompts are asked once more,
-each alone: their answers must be those of the batch.
+each alone: their answers must be those of the batch. vLLM is asked through the same seam; its own
+variables say how many threads it has.
 """
 
 from __future__ import annotations
@@ -48,8 +49,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="+", choices=tuple(ALL_ROWS), default=tuple(ALL_ROWS))
+    parser.add_argument("--engine", choices=("own", "vllm"), default="own")
+    parser.add_argument("--dtype", default="auto", help="of the weights in vLLM")
     parser.add_argument("--options", type=json.loads, default={}, help="of BatchEngine, as JSON")
     options = parser.parse_args()
+    if options.engine == "vllm":
+        options.options = {"engine": "vllm", "dtype": options.dtype}
     folder = shipped_weights(options.weights)
     adapters = [str(place) for place in write_adapters(folder, CACHE / "adapters", NUM_ADAPTERS)]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -89,8 +94,8 @@ def main() -> None:
             )
         )
     write_result(
-        "serving_speed",
-        f"The engine alone, {options.threads} threads, {options.rounds} rounds; 256-token prompts "
+        "serving_speed" if options.engine == "own" else "serving_speed_vllm",
+        f"The engine alone ({described(options)}), {options.rounds} rounds; 256-token prompts "
         "and 64 new tokens where nothing else is said. New tokens a second include the time of the "
         f"prompts. Adapters of rank {RANK} on all linear layers. Median, and the least and the "
         "greatest of the rounds.",
@@ -100,6 +105,15 @@ def main() -> None:
         f"{compared} greedy answers that were asked again, each alone, {same} are to the letter "
         "those of the batch.",
     )
+
+
+def described(options: argparse.Namespace) -> str:
+    """Say in words which engine it is."""
+    if options.engine == "own":
+        return f"our own, {options.threads} threads"
+    import vllm
+
+    return f"vLLM {vllm.__version__}, weights in {options.dtype}"
 
 
 def compare_with_alone(

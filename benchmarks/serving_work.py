@@ -22,7 +22,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +83,7 @@ class Contender:
 
     name: str
     engine: str
-    """"Outcrop" or one of `PROGRAMS`."""
+    """"Outcrop"; "vLLM", through the same seam; or one of `PROGRAMS`."""
     precision: str
     """Class of the weights; only those of one class are compared."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -142,26 +141,28 @@ def make_page(
 
 
 def run_contender(
-    contender: Contender, page: Mapping[str, Any], peer_python: Path | None, folder: Path
+    contender: Contender, page: Mapping[str, Any], python: Path, folder: Path
 ) -> dict[str, Any]:
     """Have an engine do a page in a process of its own, and return the page that it wrote.
 
     Beside it `others`: how many cores everything else on the machine used meanwhile.
 
     Args:
+        python: of the environment that has the engine.
         folder: receives the pages and the process's messages.
     """
     folder.mkdir(parents=True, exist_ok=True)
     work, answer, log = folder / "work.json", folder / "result.json", folder / "log.txt"
     work.write_text(json.dumps({**page, "options": dict(contender.options)}), encoding="utf-8")
     answer.unlink(missing_ok=True)
-    if contender.engine == "Outcrop":
-        command = [sys.executable, "-m", "benchmarks.outcrop_serving"]
+    if contender.engine in PROGRAMS:
+        command = [str(python), str(ROOT / "benchmarks" / PROGRAMS[contender.engine])]
     else:
-        assert peer_python is not None, f"{contender.name} needs --peer-python"
-        command = [str(peer_python), str(ROOT / "benchmarks" / PROGRAMS[contender.engine])]
+        command = [str(python), "-m", "benchmarks.outcrop_serving"]
     environment = {
         **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),  # vLLM's environment does not have Outcrop installed
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": str(page["threads"]),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
