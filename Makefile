@@ -38,19 +38,24 @@ format: setup ## Format the code, and mend what the linter can mend
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: setup ## Measure start-up, latency and training (TRL_PYTHON=... adds TRL); writes benchmarks/results/
+bench: setup ## Measure start-up, latency, training and serving (TRL_PYTHON=..., PEER_PYTHON=... add others); writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.startup
 	@$(BIN)/python -m benchmarks.get_job_latency
 	@$(BIN)/python -m benchmarks.small_job
+	@$(BIN)/python -m benchmarks.serving_overhead
+	@$(BIN)/python -m benchmarks.serving_adapters
+	@$(BIN)/python -m benchmarks.serving_while_training
+	@$(BIN)/python -m benchmarks.serving_peers $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 	@$(BIN)/python -m benchmarks.training_speed $(if $(TRL_PYTHON),--trl-python $(TRL_PYTHON))
 
 serve: setup ## Run the service in the foreground
 	@$(BIN)/outcrop serve
 
-soak: setup ## Run the randomized suites with far more examples, and the kills; writes benchmarks/results/
+soak: setup ## Run the randomized suites with far more examples, the kills and many clients; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.soak
 	@$(BIN)/python -m benchmarks.kill_matrix
 	@$(BIN)/python -m benchmarks.kill_matrix --through service
+	@$(BIN)/python -m benchmarks.serving_soak
 
 lock: ## Resolve the dependencies anew and write requirements/*.txt
 	@test -x .lock-tools/bin/python || $(PYTHON) -m venv .lock-tools

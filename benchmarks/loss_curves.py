@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.pictures import grid
 from benchmarks.running import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -121,16 +122,6 @@ def panel(
 def across(step: int, steps: int) -> float:
     """Return where a step lies from left to right."""
     return LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, steps - 1)
-
-
-def grid(low: float, high: float) -> Sequence[float]:
-    """Return about five round numbers that enclose both."""
-    span = max(high - low, 1e-9)
-    size = 10.0 ** len(str(int(span)))
-    while span / size < 4:
-        size /= 2 if str(f"{size:e}")[0] in "12" else 2.5
-    first, last = int(low // size), -int(-high // size)
-    return [size * number for number in range(first, max(last, first + 1) + 1)]
 
 
 def colour(name: str) -> str:

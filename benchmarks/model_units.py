@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from benchmarks.outcrop_serving import cut
 from benchmarks.running import write_result
-from benchmarks.serving_speed import cut, draw_words
+from benchmarks.serving_work import draw_words
 from benchmarks.training_work import shipped_weights
 
 from outcrop.data.records import Message

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,12 +47,17 @@ class Running:
 
 
 @contextmanager
-def running_service(data_dir: Path) -> Iterator[Running]:
-    """Run `outcrop serve` on a free port; its messages go to `serve.log` beside the directory."""
+def running_service(data_dir: Path, settings: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """Run `outcrop serve` on a free port; its messages go to `serve.log` beside the directory.
+
+    Args:
+        settings: environment variables beside this process's own.
+    """
     with (data_dir.parent / "serve.log").open("ab") as log:
         started = time.perf_counter()
         process = subprocess.Popen(
             (*OUTCROP, "serve", "--port", "0", "--data-dir", str(data_dir)),
+            env={**os.environ, **(settings or {})},
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -147,6 +153,19 @@ def revision() -> str:
     except FileNotFoundError:
         return ""
     return f" ({answer.stdout.strip()})" if answer.returncode == 0 else ""
+
+
+def busy_seconds() -> float:
+    """Return how long the machine's cores have worked since it started, all processes together."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+    user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def child_seconds() -> float:
+    """Return the processor time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.aws_operations import operation_examples
-from benchmarks.running import RESULTS, table_lines, write_result
+from benchmarks.running import (
+    RESULTS,
+    busy_seconds,
+    child_seconds,
+    table_lines,
+    write_result,
+)
 from benchmarks.score_model import Scoring, score
 from benchmarks.training_work import (
     CACHE,
@@ -327,19 +332,6 @@ def measure_one(
         result["seconds"][0],
         max(0.0, others),
     )
-
-
-def busy_seconds() -> float:
-    """Return how long the machine's cores have worked since it started, all processes together."""
-    fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-    user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[:7])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def child_seconds() -> float:
-    """Return the processor time of this process and of its children that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def matrix_rate(weights: Path, threads: int) -> dict[str, float]:
