@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import html.entities
 import re
+from bisect import bisect_right
 from typing import Any
 
 from selectolax.lexbor import LexborHTMLParser
@@ -47,9 +48,10 @@ _SILENT = _set("script style head noscript iframe template svg")
 _CELLS = _set("td th")
 
 _TAG = re.compile(
-    r"<(?P<close>/?)(?P<name>[A-Za-z][A-Za-z0-9-]*)(?P<rest>(?:\s+[^<>]*)?)(?P<void>/?)>"
+    r"<(?P<close>/?)(?P<name>[A-Za-z][A-Za-z0-9-]*)(?P<rest>(?:\s[^<>]*)?)(?P<void>/?)>"
 )
-_COMMENT = re.compile(r"<!--.*?-->|<!DOCTYPE\b[^<>]*>", re.DOTALL | re.IGNORECASE)
+_COMMENT_START = re.compile("<!--")
+_DOCTYPE = re.compile(r"<!DOCTYPE\b[^<>]*>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 _CODE = re.compile(r"(```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`)", re.DOTALL)
 _ATTRIBUTE = re.compile(r"\s+[A-Za-z_:@][\w:.-]*\s*=")
@@ -100,13 +102,25 @@ def _code_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _in(spans: list[tuple[int, int]], found: re.Match[str]) -> bool:
-    return any(start <= found.start() < end for start, end in spans)
+    place = bisect_right(spans, (found.start(), len(found.string) + 1)) - 1
+    return place >= 0 and found.start() < spans[place][1]
 
 
 def _comments(text: str, code: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return where comments are; one that does not end is none, and is looked for once."""
     if "<!" not in text:
         return []
-    return [found.span() for found in _COMMENT.finditer(text) if not _in(code, found)]
+    found = [each.span() for each in _DOCTYPE.finditer(text) if not _in(code, each)]
+    place = 0
+    for start in _COMMENT_START.finditer(text):
+        if start.start() < place or _in(code, start):
+            continue
+        end = text.find("-->", start.end())
+        if end < 0:
+            break
+        place = end + 3
+        found.append((start.start(), place))
+    return sorted(found)
 
 
 def _real_tags(
@@ -166,12 +180,13 @@ def _shown(
 ) -> str:
     """Return what a browser shows of a text in which only these tags are tags."""
     parts: list[str] = []
+    is_code = set(code)
     place = 0
     for start, end in sorted([*tags, *comments, *code]):
         if start < place:
             continue
         parts.append(_escaped(text[place:start]))
-        if (start, end) in code:
+        if (start, end) in is_code:
             parts.append(text[start:end].replace("&", "&amp;").replace("<", "&lt;"))
         elif text[start + 1] != "!":
             parts.append(text[start:end])

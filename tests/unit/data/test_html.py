@@ -79,3 +79,11 @@ def test_a_page_shows_its_text_with_headings_and_without_scripts() -> None:
         "# Main\nOne two.\na\tb\n1\t2\n\n### Deep\na tree\nx  y\n  z"
     )
     assert "#" not in html_text(page)
+
+
+@pytest.mark.parametrize(
+    "text", ["<!--" * 200_000, "<a" + " " * 400_000 + "<", "`<b>` " * 20_000 + "<b>x</b>"]
+)
+def test_no_text_takes_long(text: str) -> None:
+    # What grows with the square of a text of this length meets the time limit of a test.
+    assert len(remove_html(text)) <= len(text)
