@@ -133,6 +133,12 @@ class Settings:
     serve_threads: int = _setting(
         "Threads of one model server; 0 means its share of the cores.", 0, minimum=0
     )
+    serve_weights: str = _setting(
+        "What a model server holds matrices in on a CPU: auto and bfloat16 keep them as they are "
+        "published, int8 and int4 round them to 8 or 4 bits a number.",
+        "auto",
+        form=(r"auto|bfloat16|int8|int4", "auto, bfloat16, int8 or int4"),
+    )
     model_idle_seconds: int = _setting(
         "A model server that answered nothing for so long is ended and its memory given back.", 900
     )

@@ -31,6 +31,7 @@ MAY_LOAD_TORCH = (
     "serve/adapters.py",
     "serve/backend.py",
     "serve/engine.py",
+    "serve/formats.py",
     "serve/forward.py",
     "serve/network.py",
     "serve/packed.py",

@@ -46,6 +46,12 @@ SERVER_FIGURES = {
         "How often a request gave its pages back to an older one.",
     ),
     "outcrop_passes_total": (COUNTER, "num_passes", "Passes over the model."),
+    "outcrop_base_bytes": (GAUGE, "base_bytes", "Memory of the base's matrices."),
+    "outcrop_own_models": (
+        *(GAUGE, "num_own"),
+        "Custom models in memory that have weights of their own.",
+    ),
+    "outcrop_own_model_bytes": (GAUGE, "own_bytes", "Memory of those."),
     "outcrop_adapters": (GAUGE, "num_adapters", "Adapters in memory."),
     "outcrop_adapter_bytes": (GAUGE, "adapter_bytes", "Memory of those."),
     "outcrop_adapter_loads_total": (
@@ -61,6 +67,10 @@ SERVER_FIGURES = {
     "outcrop_full_batch_tokens_per_second": (
         *(GAUGE, "full_batch_tokens_per_second"),
         "Rate of answers that model units are parts of: set, measured, or 100 until then.",
+    ),
+    "outcrop_page_bytes": (
+        *(GAUGE, "page_bytes"),
+        "Memory of the pages that hold something of use.",
     ),
     "outcrop_model_server_memory_bytes": (
         *(GAUGE, "max_memory_bytes"),

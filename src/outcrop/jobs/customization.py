@@ -157,7 +157,12 @@ def run(
     reporter.finish(result.published_step)
     _check_stop(should_stop)
     parity = check_parity(
-        start.weights, result.artifact, result.sample, threads=job.cores, should_stop=should_stop
+        start.weights,
+        result.artifact,
+        result.sample,
+        threads=job.cores,
+        precision=settings.serve_weights,
+        should_stop=should_stop,
     )
     logger.info(
         "served as trained: the loss of %d records is %.4f, and was %.4f",

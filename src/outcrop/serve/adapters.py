@@ -63,6 +63,21 @@ class Adapters:
         """Memory of the adapters that are kept."""
         return sum(map(_num_bytes, list(self._kept.values())))
 
+    @property
+    def base_bytes(self) -> int:
+        """Memory of the base's weights."""
+        return _network_bytes(self._base)
+
+    @property
+    def num_own(self) -> int:
+        """Networks with weights of their own in memory."""
+        return len(self._own)
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory of those."""
+        return sum(map(_network_bytes, list(self._own.values())))
+
     def load(self, artifact: str, digest: str | None = None) -> Network:
         """Bring an artifact into memory, unless it is there, and return the network it runs on.
 

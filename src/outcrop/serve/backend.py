@@ -75,6 +75,22 @@ class Backend(Protocol):
         """Whether a sequence can take over the pages of another."""
 
     @property
+    def base_bytes(self) -> int:
+        """Memory of the base's matrices."""
+
+    @property
+    def num_own(self) -> int:
+        """Custom models in memory that have weights of their own."""
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory of those."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page's keys and values."""
+
+    @property
     def num_adapters(self) -> int:
         """Custom models in memory that are an adapter on the base."""
 

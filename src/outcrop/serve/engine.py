@@ -44,6 +44,7 @@ from outcrop.serve.fairness import (
 )
 from outcrop.serve.histogram import Histogram
 from outcrop.serve.interface import ClassStats, Deliver, EngineStats
+from outcrop.serve.packed import FEW_BITS
 from outcrop.serve.paged import MAX_PAGE_BYTES, PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
 from outcrop.serve.plain import PlainBackend
@@ -74,6 +75,7 @@ class BatchEngine:
         *,
         threads: int,
         dtype: torch.dtype | None = None,
+        precision: str = "auto",
         limits: Limits | None = None,
         meter: RateMeter | None = None,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
@@ -85,6 +87,7 @@ class BatchEngine:
             folder: the base model's, in Hugging Face's layout.
             threads: that a pass computes with.
             dtype: of the weights; None takes this machine's fastest.
+            precision: what the compiled pass holds matrices in, one of packed.PRECISIONS.
             limits: what there is to share among requests.
             meter: knows the rate of full batches; None assumes one and measures nothing.
             backend: what computes; None takes the compiled pass where it covers the model.
@@ -93,7 +96,11 @@ class BatchEngine:
         """
         self.renderer = Renderer(folder)
         self._backend = backend or open_backend(
-            folder, threads=threads, dtype=dtype, max_adapter_bytes=max_adapter_bytes
+            folder,
+            threads=threads,
+            dtype=dtype,
+            precision=precision,
+            max_adapter_bytes=max_adapter_bytes,
         )
         self.max_context = self._backend.max_context
         self._pool = PagePool(
@@ -151,6 +158,7 @@ class BatchEngine:
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         with self._lock:
+            free = self._pool.num_available - self._pool.num_kept
             idle = 0.0 if self._tasks else time.monotonic() - self._last_used
             return EngineStats(
                 num_active=self._queue.num_active,
@@ -158,6 +166,9 @@ class BatchEngine:
                 num_requests=self._num_requests,
                 input_tokens=self._input_tokens,
                 output_tokens=self._output_tokens,
+                base_bytes=self._backend.base_bytes,
+                num_own=self._backend.num_own,
+                own_bytes=self._backend.own_bytes,
                 num_adapters=self._backend.num_adapters,
                 adapter_bytes=self._backend.adapter_bytes,
                 num_adapter_loads=self._backend.num_loads,
@@ -166,7 +177,8 @@ class BatchEngine:
                 num_preempted=self._num_preempted,
                 num_pages=self._pool.num_pages,
                 num_pages_kept=self._pool.num_kept,
-                num_pages_free=self._pool.num_available - self._pool.num_kept,
+                num_pages_free=free,
+                page_bytes=(self._pool.num_pages - free) * self._backend.page_bytes,
                 idle_seconds=idle,
                 first_token_seconds=self._first_token_seconds.counts(),
                 token_seconds=self._token_seconds.counts(),
@@ -500,12 +512,14 @@ def open_backend(
     *,
     threads: int,
     dtype: torch.dtype | None = None,
+    precision: str = "auto",
     max_adapter_bytes: int = MAX_ADAPTER_BYTES,
     max_page_bytes: int = MAX_PAGE_BYTES,
 ) -> Backend:
     """Return what computes the model of a folder fastest on this machine.
 
     Args:
+        precision: what the compiled pass holds matrices in; torch holds them in `dtype`.
         max_page_bytes: for keys and values of all sequences, where they lie in pages; one of the
             longest always fits.
     Raises:
@@ -515,8 +529,15 @@ def open_backend(
         return PagedBackend(
             folder,
             threads=threads,
+            precision=precision,
             max_adapter_bytes=max_adapter_bytes,
             max_page_bytes=max_page_bytes,
+        )
+    if precision in FEW_BITS:
+        logger.warning(
+            "serve_weights is %s, but the compiled pass does not cover %s on this machine: it is "
+            "served by torch, with its weights as they are",
+            *(precision, folder.name),
         )
     return PlainBackend(folder, threads=threads, dtype=dtype, max_adapter_bytes=max_adapter_bytes)
 

@@ -26,7 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -47,6 +47,12 @@
 #define VECTORS (STRIP / UNIT) /* of a strip */
 #define ROWS 6                 /* of a tile */
 #define STRIPS 4               /* of a tile, at most */
+#ifndef FUSED
+#define FUSED 2
+#endif
+#ifndef DEPTH
+#define DEPTH 192              /* of a part of a strip, a multiple of 64: 12 KiB in float32 */
+#endif
 #define PAGE 16                /* tokens */
 #define TILE 64                /* keys that attention looks at together */
 #define QUERY_TOKENS 8         /* tokens of a task of attention, at most */
@@ -58,6 +64,7 @@ typedef float vec __attribute__((vector_size(UNIT * 4), aligned(UNIT * 4)));
 typedef uint32_t words __attribute__((vector_size(UNIT * 4), aligned(UNIT * 4)));
 typedef int32_t ints __attribute__((vector_size(UNIT * 4), aligned(UNIT * 4)));
 typedef half halves __attribute__((vector_size(UNIT * 2), aligned(2)));
+typedef int8_t signed_bytes __attribute__((vector_size(UNIT), aligned(1)));
 
 #ifdef ROUNDED
 typedef half act; /* what rows are multiplied in */
@@ -104,6 +111,17 @@ INLINE halves narrows(vec x) {
 
 INLINE vec widens(halves x) { return (vec)(__builtin_convertvector(x, words) << 16); }
 
+/* The next bytes as whole numbers. Compilers take them apart one by one, if they are not told. */
+INLINE ints read_bytes(const void *from) {
+#if UNIT == 16 && defined(__AVX512F__)
+    return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif UNIT == 8 && defined(__AVX2__)
+    return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    return __builtin_convertvector(*(const signed_bytes *)from, ints);
+#endif
+}
+
 /* What is multiplied: a row's numbers, and a strip's. */
 INLINE vec first_of(words both) { return (vec)(both << 16); }
 INLINE vec second_of(words both) { return (vec)(both & 0xffff0000u); }
@@ -131,6 +149,18 @@ INLINE vec take_acts(const act *from) {
     return x;
 }
 #endif
+
+/* x in a register: where compilers take it from memory each time, loads are what a product waits for. */
+INLINE vec held(vec x) {
+#if UNIT == 16 && defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#elif UNIT == 4 && defined(__x86_64__) || UNIT == 8 && defined(__AVX__)
+    __asm__("" : "+x"(x));
+#elif UNIT == 4 && defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
 
 /* exp(x) of numbers up to 88, with a relative error below 3e-7; below -87 it is as at -87. Reduced
  * to +-ln(2)/2; there a polynomial of degree 6 with Cephes' coefficients does. */
@@ -222,9 +252,25 @@ static void meet(gate *g) {
 
 enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
 
+/* How a strip's numbers are held. Those of few bits are a scale times a whole number from -127 on, or
+ * the least one plus a scale times one from 0 to 15; scales and least ones are bfloat16.
+ *   BFLOAT16  [depth / 2][16][2]
+ *   FLOAT32   [depth][16]
+ *   INT8      for each 64 of the depth: scales [16], numbers [64][16]
+ *   INT4      for each 32 of the depth: scales [16], least [16], numbers [32 / 2][16], the even one of
+ *             a pair in the lower half of a byte */
+enum { BFLOAT16, FLOAT32, INT8, INT4, FORMATS };
+#define GROUP_OF(FORMAT) (FORMAT == INT8 ? 64 : FORMAT == INT4 ? 32 : (int64_t)1 << 32)
+#define GROUP_BYTES(FORMAT) (FORMAT == INT8 ? 64 * STRIP + 2 * STRIP : 32 / 2 * STRIP + 4 * STRIP)
+
+typedef struct {
+    const char *data;
+    int64_t format;
+} matrix;
+
 typedef struct {
     const float *norms[2], *qkv_bias, *query_norm, *key_norm;
-    const half *matrices[LINEARS];
+    matrix matrices[LINEARS];
 } layer;
 
 typedef struct {
@@ -242,7 +288,7 @@ typedef struct {
     double epsilon, scale;
     const layer *layer;
     const float *final_norm, *cosines, *sines;
-    const half *embedding, *lm_head;
+    matrix embedding, lm_head; /* no embedding where the head is it too */
 } model;
 
 typedef struct {
@@ -288,6 +334,7 @@ typedef struct {
     float *weights;        /* [threads][vocabulary] */
     candidate *candidates; /* likewise */
     int32_t *sequence_of;
+    float *sums;        /* [threads][rows][2 strips] */
     atomic_int task;
     gate inside, start;
     int threads, ending;
@@ -297,91 +344,252 @@ typedef struct {
 static const int64_t parts[LINEARS] = {3, 1, 2, 1};
 
 size_t forward_size(int64_t which) {
-    const size_t sizes[] = {sizeof(layer),  sizeof(change_layer), sizeof(change), sizeof(model),
-                            sizeof(limits), sizeof(sequence),     sizeof(draw),   sizeof(pass)};
+    const size_t sizes[] = {sizeof(matrix), sizeof(layer),    sizeof(change_layer),
+                            sizeof(change), sizeof(model),    sizeof(limits),
+                            sizeof(sequence), sizeof(draw),   sizeof(pass)};
     return sizes[which];
+}
+
+/* Whether what is multiplied is rounded to bfloat16 first. */
+int64_t forward_rounds(void) {
+#ifdef ROUNDED
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 /* ---- matrix products ---- */
 
-/* sums += the products of R rows with N vectors of columns, for a pair of the depth. AT is where a
- * vector's columns are. What is live at once fits into the registers, and it is written in the order
- * in which it is to be computed: compilers that move the loads up run out of registers. */
+INLINE int64_t strip_bytes(int64_t format, int64_t depth) {
+    if (format == BFLOAT16) return depth * STRIP * 2;
+    if (format == FLOAT32) return depth * STRIP * 4;
+    if (format == INT8) return (depth + 63) / 64 * GROUP_BYTES(INT8);
+    return (depth + 31) / 32 * GROUP_BYTES(INT4);
+}
+
+/* What a group of vector v of a strip has in common. */
+typedef struct {
+    vec scale, least;
+} common;
+
+INLINE common read_common(const int format, const char *group, int v) {
+    common c = {{0}, {0}};
+    const half *scales = (const half *)group + v * UNIT;
+    if (format == INT8 || format == INT4) c.scale = widens(*(const halves *)scales);
+    if (format == INT4) c.least = widens(*(const halves *)(scales + STRIP));
+    return c;
+}
+
+/* The numbers of vector v of a strip at an even place k of a group, or with `odd` at the next. */
+INLINE vec read_column(const int format, const char *group, int64_t k, int v, const int odd,
+                       common c) {
+    if (format == BFLOAT16) {
+        words both = *(const words *)(group + (k * STRIP + v * UNIT * 2) * 2);
+        return odd ? second_of(both) : first_of(both);
+    }
+    if (format == FLOAT32) return *(const vec *)(group + ((k + odd) * STRIP + v * UNIT) * 4);
+    if (format == INT8) {
+        ints n = read_bytes(group + 2 * STRIP + (k + odd) * STRIP + v * UNIT);
+        return __builtin_convertvector(n, vec) * c.scale;
+    }
+    ints pair = read_bytes(group + 4 * STRIP + k / 2 * STRIP + v * UNIT);
+    ints n = odd ? (pair >> 4) & 15 : pair & 15;
+    return __builtin_convertvector(n, vec) * c.scale + c.least;
+}
+
 #ifdef ROUNDED
-#define PAIR(R, N, AT)                                                                             \
+/* The same, of both places, as they are multiplied. */
+INLINE words read_pair(const int format, const char *group, int64_t k, int v, common c) {
+    if (format == BFLOAT16) return *(const words *)(group + (k * STRIP + v * UNIT * 2) * 2);
+    words first = (words)read_column(format, group, k, v, 0, c);
+    words second = (words)read_column(format, group, k, v, 1, c);
+    first += 0x7fffu + ((first >> 16) & 1u);
+    second += 0x7fffu + ((second >> 16) & 1u);
+    return (first >> 16) | (second & 0xffff0000u);
+}
+#endif
+
+/* sums += the products of R rows with N vectors of columns, for a pair of the depth. What is live at
+ * once fits into the registers, and it is written in the order in which it is to be computed:
+ * compilers that move the loads up run out of registers. */
+#ifdef ROUNDED
+#define PAIR(FORMAT, R, N)                                                                         \
     for (int j = 0; j < N; j++) {                                                                  \
-        words both = *(const words *)AT(j);                                                        \
-        for (int i = 0; i < R; i++) sums[i][j] = pairs(sums[i][j], x + i * stride + k, both);      \
+        words both = read_pair(FORMAT, from[j / VECTORS], k, j % VECTORS, shared[j]);              \
+        for (int i = 0; i < R; i++) sums[i][j] = pairs(sums[i][j], at + i * stride + k, both);     \
     }
 #else
-#define HALF_PAIR(R, N, AT, WHICH, PLACE)                                                          \
+#define COLUMN(FORMAT, J, ODD)                                                                     \
+    read_column(FORMAT, from[(J) / VECTORS], k, (J) % VECTORS, ODD, shared[J])
+#define HALF_PAIR(FORMAT, R, N, ODD)                                                               \
     if (R < 4) {                                                                                   \
         vec number[R];                                                                             \
-        for (int i = 0; i < R; i++) number[i] = all(x[i * stride + k + PLACE]);                    \
+        for (int i = 0; i < R; i++) number[i] = all(at[i * stride + k + ODD]);                     \
         for (int j = 0; j < N; j++) {                                                              \
-            vec column = WHICH(*(const words *)AT(j));                                                             \
+            vec column = COLUMN(FORMAT, j, ODD);                                                   \
             for (int i = 0; i < R; i++) sums[i][j] += number[i] * column;                          \
         }                                                                                          \
     } else {                                                                                       \
         vec column[N];                                                                             \
-        for (int j = 0; j < N; j++) column[j] = WHICH(*(const words *)AT(j));                                      \
+        for (int j = 0; j < N; j++) column[j] = held(COLUMN(FORMAT, j, ODD));                      \
         for (int i = 0; i < R; i++) {                                                              \
-            vec number = all(x[i * stride + k + PLACE]);                                           \
+            vec number = all(at[i * stride + k + ODD]);                                            \
             for (int j = 0; j < N; j++) sums[i][j] += number * column[j];                          \
         }                                                                                          \
     }
-#define PAIR(R, N, AT) HALF_PAIR(R, N, AT, first_of, 0) HALF_PAIR(R, N, AT, second_of, 1)
+#define PAIR(FORMAT, R, N) HALF_PAIR(FORMAT, R, N, 0) HALF_PAIR(FORMAT, R, N, 1)
 #endif
 
 /* out[R][S strips] = (or, with add, +=) the rows of x times the strips, over the depth in order. What
- * lies so many numbers ahead of the strips is fetched meanwhile: it is what comes next. */
-#define COLUMNS_AT(J) (from[(J) / VECTORS] + k * STRIP + (J) % VECTORS * UNIT * 2)
-#define TILE_OF(R, S)                                                                              \
-    static void tile_##R##_##S(const act *x, int64_t stride, const half *const *strips,            \
-                               int64_t depth, int64_t ahead, float *out, int64_t width, int add) { \
+ * lies so many bytes ahead of the strips is fetched meanwhile: it is what comes next. */
+#define TILE_OF(FORMAT, R, S)                                                                      \
+    static void tile_##FORMAT##_##R##_##S(const act *x, int64_t stride, const char *const *strips, \
+                                          int64_t depth, int64_t ahead, float *out, int64_t width, \
+                                          int add) {                                               \
         vec sums[R][S * VECTORS];                                                                  \
         for (int i = 0; i < R; i++)                                                                \
             for (int j = 0; j < S * VECTORS; j++)                                                  \
                 sums[i][j] = add ? *(vec *)(out + i * width + j * UNIT) : (vec){0};                \
-        const half *from[S];                                                                       \
+        const char *from[S];                                                                       \
         for (int s = 0; s < S; s++) from[s] = strips[s];                                           \
-        for (int64_t k = 0; k < depth; k += 2) {                                                   \
-            for (int s = 0; s < S; s++) __builtin_prefetch(from[s] + k * STRIP + ahead, 0, 2);     \
-            PAIR(R, S * VECTORS, COLUMNS_AT)                                                       \
+        for (int64_t first = 0; first < depth; first += GROUP_OF(FORMAT)) {                        \
+            const act *at = x + first;                                                             \
+            int64_t end = depth - first < GROUP_OF(FORMAT) ? depth - first : GROUP_OF(FORMAT);     \
+            common shared[S * VECTORS];                                                            \
+            for (int j = 0; j < S * VECTORS; j++)                                                  \
+                shared[j] = read_common(FORMAT, from[j / VECTORS], j % VECTORS);                   \
+            if (FORMAT == INT8 || FORMAT == INT4)                                                  \
+                for (int s = 0; s < S; s++)                                                        \
+                    for (int b = 0; b < GROUP_BYTES(FORMAT); b += 64)                              \
+                        __builtin_prefetch(from[s] + b + ahead, 0, 2);                             \
+            for (int64_t k = 0; k < end; k += 2) {                                                 \
+                if (FORMAT == BFLOAT16)                                                            \
+                    for (int s = 0; s < S; s++)                                                    \
+                        __builtin_prefetch(from[s] + k * STRIP * 2 + ahead, 0, 2);                 \
+                PAIR(FORMAT, R, S * VECTORS)                                                       \
+            }                                                                                      \
+            for (int s = 0; s < S; s++) from[s] += GROUP_BYTES(FORMAT);                            \
         }                                                                                          \
         for (int i = 0; i < R; i++)                                                                \
             for (int j = 0; j < S * VECTORS; j++)                                                  \
                 *(vec *)(out + i * width + j * UNIT) = sums[i][j];                                 \
     }
-typedef void (*tile_function)(const act *, int64_t, const half *const *, int64_t, int64_t, float *,
+typedef void (*tile_function)(const act *, int64_t, const char *const *, int64_t, int64_t, float *,
                               int64_t, int);
-TILE_OF(1, 1) TILE_OF(1, 2) TILE_OF(1, 3) TILE_OF(1, 4)
-TILE_OF(2, 1) TILE_OF(2, 2) TILE_OF(2, 3)
-TILE_OF(3, 1) TILE_OF(3, 2)
-TILE_OF(4, 1) TILE_OF(5, 1) TILE_OF(6, 1)
+#define FEW_OF(FORMAT)                                                                             \
+    TILE_OF(FORMAT, 1, 1) TILE_OF(FORMAT, 1, 2) TILE_OF(FORMAT, 1, 3) TILE_OF(FORMAT, 1, 4)        \
+    TILE_OF(FORMAT, 2, 1) TILE_OF(FORMAT, 2, 2) TILE_OF(FORMAT, 2, 3)                              \
+    TILE_OF(FORMAT, 3, 1) TILE_OF(FORMAT, 3, 2)                                                    \
+    TILE_OF(FORMAT, 4, 1) TILE_OF(FORMAT, 5, 1) TILE_OF(FORMAT, 6, 1)
+FEW_OF(BFLOAT16) FEW_OF(FLOAT32) FEW_OF(INT8) FEW_OF(INT4)
+#define NAMES_OF(F, R) {tile_##F##_##R##_1, tile_##F##_##R##_2, tile_##F##_##R##_3, tile_##F##_##R##_4}
 #if UNIT == 16 /* 32 registers, one for a strip */
-TILE_OF(2, 4) TILE_OF(3, 3) TILE_OF(3, 4) TILE_OF(4, 2) TILE_OF(4, 3) TILE_OF(4, 4)
-TILE_OF(5, 2) TILE_OF(5, 3) TILE_OF(5, 4) TILE_OF(6, 2) TILE_OF(6, 3) TILE_OF(6, 4)
-#define NAMES_OF(R) {tile_##R##_1, tile_##R##_2, tile_##R##_3, tile_##R##_4}
-static const tile_function tile_of[ROWS][STRIPS] = {NAMES_OF(1), NAMES_OF(2), NAMES_OF(3),
-                                                    NAMES_OF(4), NAMES_OF(5), NAMES_OF(6)};
+#define MORE_OF(FORMAT)                                                                            \
+    TILE_OF(FORMAT, 2, 4) TILE_OF(FORMAT, 3, 3) TILE_OF(FORMAT, 3, 4) TILE_OF(FORMAT, 4, 2)        \
+    TILE_OF(FORMAT, 4, 3) TILE_OF(FORMAT, 4, 4) TILE_OF(FORMAT, 5, 2) TILE_OF(FORMAT, 5, 3)        \
+    TILE_OF(FORMAT, 5, 4) TILE_OF(FORMAT, 6, 2) TILE_OF(FORMAT, 6, 3) TILE_OF(FORMAT, 6, 4)
+MORE_OF(BFLOAT16) MORE_OF(FLOAT32) MORE_OF(INT8) MORE_OF(INT4)
+#define TILES_OF(F)                                                                                \
+    {NAMES_OF(F, 1), NAMES_OF(F, 2), NAMES_OF(F, 3), NAMES_OF(F, 4), NAMES_OF(F, 5), NAMES_OF(F, 6)}
 static const int most_strips[ROWS] = {4, 4, 4, 4, 4, 4};
 #else
-static const tile_function tile_of[ROWS][STRIPS] = {
-    {tile_1_1, tile_1_2, tile_1_3, tile_1_4}, {tile_2_1, tile_2_2, tile_2_3},
-    {tile_3_1, tile_3_2}, {tile_4_1}, {tile_5_1}, {tile_6_1}};
+#define TILES_OF(F)                                                                                \
+    {NAMES_OF(F, 1),                                                                               \
+     {tile_##F##_2_1, tile_##F##_2_2, tile_##F##_2_3},                                             \
+     {tile_##F##_3_1, tile_##F##_3_2},                                                             \
+     {tile_##F##_4_1},                                                                             \
+     {tile_##F##_5_1},                                                                             \
+     {tile_##F##_6_1}}
 static const int most_strips[ROWS] = {4, 3, 2, 1, 1, 1};
 #endif
+static const tile_function tile_of[FORMATS][ROWS][STRIPS] = {TILES_OF(BFLOAT16), TILES_OF(FLOAT32),
+                                                             TILES_OF(INT8), TILES_OF(INT4)};
 
 /* The same for any number of rows and strips. */
-static void tiles(const act *x, int64_t stride, int64_t rows, const half *const *strips,
-                  int64_t count, int64_t depth, int64_t ahead, float *out, int64_t width, int add) {
+static void tiles(int64_t format, const act *x, int64_t stride, int64_t rows,
+                  const char *const *strips, int64_t count, int64_t depth, int64_t ahead,
+                  float *out, int64_t width, int add) {
     for (int64_t i = 0; i < rows; i += ROWS) {
         int64_t some = rows - i < ROWS ? rows - i : ROWS, most = most_strips[some - 1];
         for (int64_t s = 0; s < count; s += most)
-            tile_of[some - 1][(count - s < most ? count - s : most) - 1](
+            tile_of[format][some - 1][(count - s < most ? count - s : most) - 1](
                 x + i * stride, stride, strips + s, depth, ahead, out + i * width + s * STRIP, width,
                 add);
+    }
+}
+
+/* A strip of few bits as one that is multiplied without more ado, to the same numbers. */
+#ifdef ROUNDED
+#define WIDENED BFLOAT16
+#else
+#define WIDENED FLOAT32
+#endif
+INLINE void widen_strip(const int format, const char *from, int64_t depth, char *to) {
+    for (int64_t first = 0; first < depth; first += GROUP_OF(format)) {
+        for (int v = 0; v < VECTORS; v++) {
+            common c = read_common(format, from, v);
+            for (int64_t k = 0; k < GROUP_OF(format) && first + k < depth; k += 2) {
+#ifdef ROUNDED
+                *(words *)(to + ((first + k) * STRIP + v * UNIT * 2) * 2) =
+                    read_pair(format, from, k, v, c);
+#else
+                for (int odd = 0; odd < 2; odd++)
+                    *(vec *)(to + ((first + k + odd) * STRIP + v * UNIT) * 4) =
+                        read_column(format, from, k, v, odd, c);
+#endif
+            }
+        }
+        from += GROUP_BYTES(format);
+    }
+}
+
+/* A group of one column, its numbers 16 bytes apart: scale, least and numbers of few bits. */
+static void pack_group(int64_t format, const float *x, char *to, int64_t column) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it drops the fraction */
+    int count = format == INT8 ? 64 : 32, steps = format == INT8 ? 127 : 15;
+    float low = x[0], high = x[0], number[64];
+    for (int k = 1; k < count; k++) {
+        low = x[k] < low ? x[k] : low;
+        high = x[k] > high ? x[k] : high;
+    }
+    half *shared = (half *)to + column;
+    float least = 0, most = high > -low ? high : -low;
+    if (format == INT4) {
+        least = widen(shared[STRIP] = narrow(low));
+        most = high - low;
+    }
+    shared[0] = narrow(most / (float)steps);
+    float lowest = format == INT4 ? 0 : (float)-steps;
+    float scale = widen(shared[0]), inverse = scale > 0 ? 1.0f / scale : 0;
+    for (int k = 0; k < count; k++) {
+        number[k] = (x[k] - least) * inverse + to_integer - to_integer;
+        number[k] = number[k] > (float)steps ? (float)steps : number[k];
+        number[k] = number[k] < lowest ? lowest : number[k];
+    }
+    if (format == INT8)
+        for (int k = 0; k < 64; k++) to[2 * STRIP + k * STRIP + column] = (char)(int)number[k];
+    else
+        for (int k = 0; k < 32; k += 2)
+            to[4 * STRIP + k / 2 * STRIP + column] =
+                (char)((int)number[k] | (int)number[k + 1] << 4);
+}
+
+/* A matrix [columns][depth] in strips of few bits. */
+void forward_pack(const float *x, int64_t columns, int64_t depth, int64_t format, char *to) {
+    int64_t strips = (columns + STRIP - 1) / STRIP, group = format == INT8 ? 64 : 32;
+    int64_t bytes = format == INT8 ? GROUP_BYTES(INT8) : GROUP_BYTES(INT4);
+    for (int64_t c = 0; c < strips * STRIP; c++) {
+        char *strip = to + c / STRIP * strip_bytes(format, depth);
+        for (int64_t first = 0; first < depth; first += group, strip += bytes) {
+            float part[64] = {0}; /* where columns lack */
+            int64_t count = depth - first < group ? depth - first : group;
+            if (c < columns) {
+                memcpy(part, x + c * depth + first, (size_t)count * sizeof *part);
+                for (int64_t k = count; k < group; k++) part[k] = part[count - 1];
+            }
+            pack_group(format, part, strip, c % STRIP);
+        }
     }
 }
 
@@ -390,7 +598,7 @@ enum { STORE, ADD, GATED };
 typedef struct {
     int kind, linear, layer; /* linear: LINEARS where no adapter changes it */
     const act *x;
-    const half *matrix;
+    matrix weights;
     int64_t rows, depth, columns;
     float *wide; /* STORE, ADD: [rows][columns] */
     act *acts;   /* GATED: [rows][columns / 2] */
@@ -405,32 +613,27 @@ static int64_t part_of(const model *m, int linear, int64_t strip) {
 
 /* The sums of a row go on over its adapter's inner numbers: rounded once, as in training. */
 static void add_changes(engine *e, const product *p, int64_t row, int64_t rows, int64_t strip,
-                        int64_t count, float *out) {
-    for (int64_t end; rows; row += end, out += end * STRIPS * STRIP, rows -= end) {
+                        int64_t count, float *out, int64_t width) {
+    for (int64_t end; rows; row += end, out += end * width, rows -= end) {
         const change *adapter = e->p->sequence[e->sequence_of[row]].adapter;
         for (end = 1; end < rows; end++) /* rows of one adapter go together */
             if (e->p->sequence[e->sequence_of[row + end]].adapter != adapter) break;
         const half *b = adapter ? adapter->layers[p->layer].b[p->linear] : 0;
         if (!b) continue;
         for (int64_t s = 0; s < count; s++) {
-            const half *from = b + (strip + s) * adapter->rank * STRIP;
-            tiles(e->inner + row * e->most.changed +
+            const char *from = (const char *)(b + (strip + s) * adapter->rank * STRIP);
+            tiles(BFLOAT16, e->inner + row * e->most.changed +
                       adapter->rank * part_of(e->m, p->linear, strip + s),
-                  e->most.changed, end, &from, 1, adapter->rank, 0, out + s * STRIP, STRIPS * STRIP, 1);
+                  e->most.changed, end, &from, 1, adapter->rank, 0, out + s * STRIP, width, 1);
         }
     }
 }
 
-/* Some rows times up to STRIPS strips, with what becomes of the result. */
-static void block(engine *e, const product *p, int64_t row, int64_t rows, int64_t strip,
-                  int64_t count) {
-    float sums[ROWS * STRIPS * STRIP] __attribute__((aligned(64)));
-    const int64_t width = STRIPS * STRIP;
-    const half *strips[STRIPS];
-    for (int64_t s = 0; s < count; s++) strips[s] = p->matrix + (strip + s) * p->depth * STRIP;
-    tiles(p->x + row * p->depth, p->depth, rows, strips, count, p->depth, count * p->depth * STRIP, sums, width,
-          0);
-    if (p->linear != LINEARS && e->changed) add_changes(e, p, row, rows, strip, count, sums);
+/* What becomes of the sums of some rows and strips. */
+static void finish(engine *e, const product *p, int64_t row, int64_t rows, int64_t strip,
+                   int64_t count, float *sums, int64_t width) {
+    if (p->linear != LINEARS && e->changed)
+        add_changes(e, p, row, rows, strip, count, sums, width);
     int64_t column = strip * STRIP, used = count * STRIP;
     if (column + used > p->columns) used = p->columns - column;
     for (int64_t i = 0; i < rows; i++) {
@@ -453,21 +656,74 @@ static void block(engine *e, const product *p, int64_t row, int64_t rows, int64_
     }
 }
 
-/* A thread's share of a product. */
-static void multiply(engine *e, const product *p, int index) {
+/* A thread's share of a product of few rows: as many strips at once as the registers hold. */
+static void multiply_few(engine *e, const product *p, int index) {
+    int64_t grain = p->kind == GATED ? 2 : 1, total = (p->columns + STRIP - 1) / STRIP / grain;
+    int64_t format = p->weights.format, bytes = strip_bytes(format, p->depth);
+    int64_t end = share(total, index + 1, e->threads) * grain;
+    for (int64_t i = share(total, index, e->threads) * grain; i < end; i += STRIPS) {
+        float sums[ROWS * STRIPS * STRIP] __attribute__((aligned(64)));
+        const char *strips[STRIPS];
+        int64_t count = end - i < STRIPS ? end - i : STRIPS;
+        for (int64_t s = 0; s < count; s++) strips[s] = p->weights.data + (i + s) * bytes;
+        tiles(format, p->x, p->depth, p->rows, strips, count, p->depth, count * bytes, sums,
+              STRIPS * STRIP, 0);
+        finish(e, p, 0, p->rows, i, count, sums, STRIPS * STRIP);
+    }
+}
+
+/* A part of a strip's depth as it is multiplied; strips of few bits are widened for all rows. */
+static const char *part_of_strip(int64_t format, int64_t multiplied, const char *strip,
+                                 int64_t first, int64_t depth, char *widened) {
+    const char *from = strip + strip_bytes(format, first);
+    if (format == multiplied) return from;
+    if (format == INT8)
+        widen_strip(INT8, from, depth, widened);
+    else
+        widen_strip(INT4, from, depth, widened);
+    return widened;
+}
+
+/* The same of many rows. A part of the depth of a strip goes over all rows while it is in the
+ * innermost cache; then the sums go on over the next one. */
+static void multiply_many(engine *e, const product *p, int index) {
     int64_t blocks = (p->rows + ROWS - 1) / ROWS, grain = p->kind == GATED ? 2 : 1;
-    int64_t strips = (p->columns + STRIP - 1) / STRIP, total = strips / grain;
-    if (blocks == 1) { /* as many strips at once as the registers hold */
-        int64_t end = share(total, index + 1, e->threads) * grain;
-        for (int64_t i = share(total, index, e->threads) * grain; i < end; i += STRIPS)
-            block(e, p, 0, p->rows, i, end - i < STRIPS ? end - i : STRIPS);
-        return;
-    }
+    int64_t total = (p->columns + STRIP - 1) / STRIP / grain, width = grain * STRIP;
+    int64_t format = p->weights.format, bytes = strip_bytes(format, p->depth);
+    int64_t multiplied = (format == INT8 || format == INT4) && blocks > FUSED ? WIDENED : format;
     int64_t end = share(total * blocks, index + 1, e->threads);
-    for (int64_t i = share(total * blocks, index, e->threads); i < end; i++) {
-        int64_t row = share(p->rows, i % blocks, blocks);
-        block(e, p, row, share(p->rows, i % blocks + 1, blocks) - row, i / blocks * grain, grain);
+    float *sums = e->sums + index * e->most.rows * 2 * STRIP;
+    char widened[DEPTH * STRIP * 4] __attribute__((aligned(64)));
+    for (int64_t i = share(total * blocks, index, e->threads), last; i < end; i = last) {
+        int64_t strip = i / blocks * grain;
+        last = (i / blocks + 1) * blocks;
+        if (last > end) last = end;
+        for (int64_t s = 0; s < grain; s++)
+            for (int64_t first = 0; first < p->depth; first += DEPTH) {
+                int64_t depth = p->depth - first < DEPTH ? p->depth - first : DEPTH;
+                const char *from = part_of_strip(format, multiplied, p->weights.data + (strip + s) * bytes,
+                                                 first, depth, widened);
+                for (int64_t b = i; b < last; b++) {
+                    int64_t row = share(p->rows, b % blocks, blocks);
+                    tiles(multiplied, p->x + row * p->depth + first, p->depth,
+                          share(p->rows, b % blocks + 1, blocks) - row, &from, 1, depth,
+                          multiplied == format ? bytes * grain : 0, sums + row * width + s * STRIP,
+                          width, first > 0);
+                }
+            }
+        for (int64_t b = i; b < last; b++) {
+            int64_t row = share(p->rows, b % blocks, blocks);
+            finish(e, p, row, share(p->rows, b % blocks + 1, blocks) - row, strip, grain,
+                   sums + row * width, width);
+        }
     }
+}
+
+static void multiply(engine *e, const product *p, int index) {
+    if (p->rows <= ROWS)
+        multiply_few(e, p, index);
+    else
+        multiply_many(e, p, index);
 }
 
 /* The inner numbers, x A, of the rows whose adapter changes this linear layer; then all meet. */
@@ -484,14 +740,15 @@ static void prepare_change(engine *e, int number, int linear, const act *x, int6
         for (int64_t i = 0; i < groups * blocks; i++) {
             if (task++ % e->threads != index) continue;
             float sums[ROWS * STRIPS * STRIP] __attribute__((aligned(64)));
-            const half *from[STRIPS];
+            const char *from[STRIPS];
             int64_t first = i / blocks * STRIPS, count = strips - first;
             if (count > STRIPS) count = STRIPS;
             for (int64_t j = 0; j < count; j++)
-                from[j] = q->adapter->layers[number].a[linear] + (first + j) * depth * STRIP;
+                from[j] = (const char *)(q->adapter->layers[number].a[linear] +
+                                         (first + j) * depth * STRIP);
             int64_t row = q->first_row + share(q->rows, i % blocks, blocks);
             int64_t rows = q->first_row + share(q->rows, i % blocks + 1, blocks) - row;
-            tiles(x + row * depth, depth, rows, from, count, depth, 0, sums, STRIPS * STRIP, 0);
+            tiles(BFLOAT16, x + row * depth, depth, rows, from, count, depth, 0, sums, STRIPS * STRIP, 0);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t c = 0; c < count * STRIP; c += UNIT)
                     put_acts(e->inner + (row + r) * e->most.changed + first * STRIP + c,
@@ -644,18 +901,20 @@ static void attend(engine *e, int64_t number, const sequence *s, int64_t group, 
         row[i] = (seen){s->first_position + token, -INFINITY, 0};
     }
     memset(out, 0, (size_t)(rows * e->padded) * sizeof *out);
-    int64_t end = row[rows - 1].position + 1, key = 0, to_values = e->p->values - e->p->keys;
+    int64_t end = row[rows - 1].position + 1, key = 0, to_values = (e->p->values - e->p->keys) * 2;
     if (m->window && row[0].position >= m->window)
         key = (row[0].position - m->window + 1) / TILE * TILE;
     for (; key < end; key += TILE) {
-        const half *keys[TILE / PAGE], *values[TILE / PAGE];
+        const char *keys[TILE / PAGE], *values[TILE / PAGE];
         for (int p = 0; p < TILE / PAGE; p++) {
             int there = key + p * PAGE < end;
             int32_t page = there ? s->pages[key / PAGE + p] : 0;
-            keys[p] = there ? page_of(e, e->p->keys, page, number, group) : e->no_page;
-            values[p] = there ? page_of(e, e->p->values, page, number, group) : e->no_page;
+            half *none = e->no_page;
+            keys[p] = (char *)(there ? page_of(e, e->p->keys, page, number, group) : none);
+            values[p] = (char *)(there ? page_of(e, e->p->values, page, number, group) : none);
         }
-        tiles(queries, m->head, rows, keys, TILE / PAGE, m->head, to_values, scores, TILE, 0);
+        tiles(BFLOAT16, queries, m->head, rows, keys, TILE / PAGE, m->head, to_values, scores, TILE,
+              0);
         for (int p = TILE / PAGE; p < 2 * TILE / PAGE && key + p * PAGE < end; p++) {
             const half *next = page_of(e, e->p->keys, s->pages[key / PAGE + p], number, group);
             for (int64_t k = 0; k < m->head; k += 2) __builtin_prefetch(next + k * PAGE, 0, 2);
@@ -663,10 +922,11 @@ static void attend(engine *e, int64_t number, const sequence *s, int64_t group, 
         for (int64_t i = 0; i < rows; i++)
             weigh_row(e, &row[i], key, scores + i * TILE, weights + i * TILE, out + i * e->padded);
         for (int p = 0; p < TILE / PAGE && key + p * PAGE < end; p++) {
-            const half *from[MAX_HEAD / STRIP];
-            for (int64_t c = 0; c < e->padded / STRIP; c++) from[c] = values[p] + c * PAGE * STRIP;
-            tiles(weights + p * PAGE, TILE, rows, from, e->padded / STRIP, PAGE, 0, out, e->padded,
-                  1);
+            const char *from[MAX_HEAD / STRIP];
+            for (int64_t c = 0; c < e->padded / STRIP; c++)
+                from[c] = values[p] + c * strip_bytes(BFLOAT16, PAGE);
+            tiles(BFLOAT16, weights + p * PAGE, TILE, rows, from, e->padded / STRIP, PAGE, 0, out,
+                  e->padded, 1);
         }
     }
     for (int64_t i = 0; i < rows; i++) {
@@ -696,16 +956,28 @@ static void attention(engine *e, int64_t number) {
 
 /* ---- a pass ---- */
 
+/* One number of a matrix. */
+static float number_of(int64_t format, const char *strip, int64_t k, int64_t column) {
+    int64_t group = format == INT8 ? k / 64 : format == INT4 ? k / 32 : 0;
+    const char *from = strip + group * (format == INT8 ? GROUP_BYTES(INT8) : GROUP_BYTES(INT4));
+    const half *shared = (const half *)from + column;
+    if (format == BFLOAT16) return widen(((const half *)strip)[(k / 2 * STRIP + column) * 2 + k % 2]);
+    if (format == FLOAT32) return ((const float *)strip)[k * STRIP + column];
+    if (format == INT8)
+        return (float)(int8_t)from[2 * STRIP + k % 64 * STRIP + column] * widen(shared[0]);
+    int pair = (uint8_t)from[4 * STRIP + k % 32 / 2 * STRIP + column];
+    return fmaf((float)(k % 2 ? pair >> 4 : pair & 15), widen(shared[0]), widen(shared[STRIP]));
+}
+
 static void embed(engine *e, int index) {
     const model *m = e->m;
+    const matrix *table = m->embedding.data ? &m->embedding : &m->lm_head;
     int64_t end = share(e->p->rows, index + 1, e->threads);
     for (int64_t r = share(e->p->rows, index, e->threads); r < end; r++) {
         int64_t token = e->p->tokens[r];
-        float *x = e->x + r * m->width;
-        const half *from = m->lm_head + token / STRIP * m->width * STRIP + token % STRIP * 2;
+        const char *strip = table->data + token / STRIP * strip_bytes(table->format, m->width);
         for (int64_t i = 0; i < m->width; i++)
-            x[i] = widen(m->embedding ? m->embedding[token * m->width + i]
-                                      : from[i / 2 * STRIP * 2 + i % 2]);
+            e->x[r * m->width + i] = number_of(table->format, strip, i, token % STRIP);
     }
 }
 
@@ -905,7 +1177,7 @@ void forward_close(engine *e) {
     close_gate(&e->inside);
     close_gate(&e->start);
     void *rooms[] = {e->x,       e->qkv,     e->h,          e->q,           e->y,      e->inner,
-                     e->no_page, e->weights, e->candidates, e->sequence_of, e->handles};
+                     e->no_page, e->weights, e->candidates, e->sequence_of, e->sums, e->handles};
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) free(rooms[i]);
     free(e);
 }
@@ -929,11 +1201,12 @@ engine *forward_open(const model *m, const limits *most, int64_t threads, int64_
     e->inner = room(most->rows * most->changed * (int64_t)sizeof *e->inner);
     e->no_page = room(PAGE * e->padded * 2);
     e->sequence_of = room(most->rows * 4);
+    e->sums = room(threads * most->rows * 2 * STRIP * (int64_t)sizeof *e->sums);
     e->weights = room(threads * m->vocabulary * (int64_t)sizeof *e->weights);
     e->candidates = room(threads * m->vocabulary * (int64_t)sizeof *e->candidates);
     e->handles = calloc((size_t)threads, sizeof *e->handles);
     if (!e->x || !e->qkv || !e->h || !e->q || !e->y || !e->inner || !e->no_page ||
-        !e->weights || !e->candidates || !e->sequence_of || !e->handles) {
+        !e->weights || !e->candidates || !e->sequence_of || !e->sums || !e->handles) {
         forward_close(e);
         return 0;
     }

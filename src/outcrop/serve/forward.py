@@ -20,6 +20,15 @@ import torch
 from torch import Tensor
 
 from outcrop.models.compiled import NoCompilerError, load_library
+from outcrop.serve.formats import (
+    FORMATS,
+    STRIP,
+    MatrixStruct,
+    PackedMatrix,
+    Room,
+    aligned_room,
+    few_bits_bytes,
+)
 from outcrop.serve.sampler import Draw
 
 logger = logging.getLogger("outcrop.model-server")
@@ -33,8 +42,6 @@ PAGE_TOKENS = 16
 WIDEST_HEAD = 256
 MOST_SHARED_HEADS = 48
 """Heads that share keys, at most."""
-STRIP = 16
-"""Columns of a matrix that lie together."""
 LINEARS = ("qkv", "out", "gate_up", "down")
 LOOKS = 2000
 """How often a thread looks whether the others have come before it sleeps: some 30 microseconds."""
@@ -48,7 +55,7 @@ class _Layer(ctypes.Structure):
         ("qkv_bias", _Address),
         ("query_norm", _Address),
         ("key_norm", _Address),
-        ("matrices", _Address * 4),
+        ("matrices", MatrixStruct * 4),
     )
 
 
@@ -66,7 +73,7 @@ class _Model(ctypes.Structure):
         *(("vocabulary", _Number), ("window", _Number)),
         *(("epsilon", ctypes.c_double), ("scale", ctypes.c_double)),
         *((name, _Address) for name in ("layer", "final_norm", "cosines", "sines")),
-        *((name, _Address) for name in ("embedding", "lm_head")),
+        *(("embedding", MatrixStruct), ("lm_head", MatrixStruct)),
     )
 
 
@@ -96,7 +103,7 @@ class _Pass(ctypes.Structure):
     )
 
 
-_STRUCTS = (_Layer, _ChangeLayer, _Change, _Model, _Limits, _Sequence, _Draw, _Pass)
+_STRUCTS = (MatrixStruct, _Layer, _ChangeLayer, _Change, _Model, _Limits, _Sequence, _Draw, _Pass)
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class PackedLayer:
     """One layer's weights: norms and biases float32, matrices packed (`packed.py`)."""
 
     norms: tuple[Tensor, Tensor]
-    matrices: tuple[Tensor, Tensor, Tensor, Tensor]
+    matrices: tuple[PackedMatrix, PackedMatrix, PackedMatrix, PackedMatrix]
     """In the order of LINEARS."""
     qkv_bias: Tensor | None = None
     query_norm: Tensor | None = None
@@ -150,13 +157,13 @@ class PackedModel:
         final_norm: Tensor,
         cosines: Tensor,
         sines: Tensor,
-        lm_head: Tensor,
-        embedding: Tensor | None,
+        lm_head: PackedMatrix,
+        embedding: PackedMatrix | None,
     ) -> None:
         """
         Args:
             cosines, sines: (positions, half the width of a head), float32.
-            embedding: (vocabulary, width), bfloat16; None where `lm_head` is it too.
+            embedding: None where `lm_head` is it too.
         """
         self.shape = shape
         self._kept = (tuple(layers), final_norm, cosines, sines, lm_head, embedding)
@@ -165,7 +172,7 @@ class PackedModel:
             *(shape.layers, shape.width, shape.inner, shape.heads, shape.groups, shape.head),
             *(shape.vocabulary, shape.window, shape.epsilon, shape.head**-0.5),
             *(ctypes.addressof(self._layers), _at(final_norm), _at(cosines), _at(sines)),
-            *(_at(embedding), _at(lm_head)),
+            *(MatrixStruct() if embedding is None else embedding.struct(), lm_head.struct()),
         )
 
     @property
@@ -178,7 +185,8 @@ class PackedModel:
         """Memory of the matrices and the embedding."""
         layers, _, _, _, lm_head, embedding = self._kept
         matrices = [matrix for layer in layers for matrix in layer.matrices]
-        return sum(t.nbytes for t in (*matrices, lm_head, embedding) if t is not None)
+        table = 0 if embedding is None else embedding.num_bytes
+        return table + sum(matrix.num_bytes for matrix in (*matrices, lm_head))
 
 
 class PackedAdapter:
@@ -252,8 +260,8 @@ class Forward:
         self.max_rows, self.max_rank = max_rows, max_rank
         self._library = _library()
         assert self._library is not None
-        numbers = num_pages * shape.page_bytes // 4
-        self._keys, self._values = (wide_room(numbers, torch.bfloat16) for _ in range(2))
+        size = num_pages * shape.page_bytes // 2
+        self._keys, self._values = (wide_room(size).view(torch.bfloat16) for _ in range(2))
         widest = -(-3 * max_rank // STRIP) * STRIP
         self._engine = self._library.forward_open(
             model.address, ctypes.byref(_Limits(max_rows, widest, num_pages)), threads, LOOKS
@@ -330,19 +338,43 @@ def is_compiled() -> bool:
     return _library() is not None
 
 
-def wide_room(count: int, dtype: torch.dtype) -> Tensor:
-    """Return an empty tensor in memory of its own, in large pages where the system has them.
+def rounds_rows() -> bool:
+    """Return whether this machine's passes round a row's numbers to bfloat16 before a product."""
+    library = _library()
+    return library is not None and bool(library.forward_rounds())
+
+
+def pack_few_bits(matrix_OI: Tensor, format: str, room: Room = aligned_room) -> PackedMatrix:
+    """Return a matrix in strips, rounded to few bits a number.
+
+    Args:
+        matrix_OI: of finite numbers; I is even.
+        format: int8 or int4.
+        room: where to put it.
+    """
+    library = _library()
+    assert library is not None
+    outputs, inputs = matrix_OI.shape
+    data = room(few_bits_bytes(outputs, inputs, format))
+    wide_OI = matrix_OI.float().contiguous()
+    number = FORMATS.index(format)
+    library.forward_pack(wide_OI.data_ptr(), outputs, inputs, number, data.data_ptr())
+    return PackedMatrix(data, format)
+
+
+def wide_room(num_bytes: int) -> Tensor:
+    """Return so many bytes in memory of their own, in large pages where the system has them.
 
     Matrices are read from end to end for each token; in pages of 4 KiB the processor looks up an
     address for each of them. Memory is taken when it is first written to.
     """
-    room = mmap.mmap(-1, max(count * dtype.itemsize, mmap.PAGESIZE))
+    room = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             room.madvise(mmap.MADV_HUGEPAGE)
         except OSError:  # a kernel without them
             logger.debug("large pages are not to be had")
-    return torch.frombuffer(room, dtype=dtype, count=count)
+    return torch.frombuffer(room, dtype=torch.uint8, count=num_bytes)
 
 
 def pages_of(numbers: Iterable[int]) -> ctypes.Array[ctypes.c_int32]:
@@ -367,6 +399,9 @@ def _library() -> ctypes.CDLL | None:
     library.forward_size.argtypes = [_Number]
     for place, struct in enumerate(_STRUCTS):
         assert library.forward_size(place) == ctypes.sizeof(struct), struct
+    library.forward_rounds.restype = _Number
+    library.forward_pack.restype = None
+    library.forward_pack.argtypes = [_Address, _Number, _Number, _Number, _Address]
     library.forward_open.restype = _Address
     library.forward_open.argtypes = [_Address, _Address, _Number, _Number]
     library.forward_run.restype = library.forward_close.restype = None
@@ -389,7 +424,7 @@ def _layer(layer: PackedLayer) -> _Layer:
     return _Layer(
         (_Address * 2)(*map(_at, layer.norms)),
         *(_at(layer.qkv_bias), _at(layer.query_norm), _at(layer.key_norm)),
-        (_Address * 4)(*map(_at, layer.matrices)),
+        (MatrixStruct * 4)(*(matrix.struct() for matrix in layer.matrices)),
     )
 
 

@@ -36,6 +36,12 @@ class EngineStats:
     """Finished in any way since the start, cancelled ones included."""
     input_tokens: int
     output_tokens: int
+    base_bytes: int
+    """Memory of the base's matrices; 0 where the engine does not tell."""
+    num_own: int
+    """Custom models in memory that have weights of their own."""
+    own_bytes: int
+    """Memory of those."""
     num_adapters: int
     """Adapters in memory."""
     adapter_bytes: int
@@ -49,6 +55,8 @@ class EngineStats:
     num_pages_kept: int
     """That no request uses and that can be taken over."""
     num_pages_free: int
+    page_bytes: int
+    """Memory of the pages that hold something of use."""
     idle_seconds: float
     """Since the last request ended; 0 while there is one."""
     first_token_seconds: Counts

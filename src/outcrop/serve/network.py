@@ -367,6 +367,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def weight_bytes(folder: Path) -> int:
+    """Return the size of the files that `read_weights` reads; of those that are there."""
+    return sum(file.stat().st_size for file in _weight_files(folder) if file.is_file())
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

@@ -1,9 +1,12 @@
 """Weights and adapters in the order in which the compiled pass reads them.
 
-A matrix (O, I) becomes strips of 16 of its rows, [O / 16][I / 2][16][2], in bfloat16; rows that
-lack to a whole strip are noughts. Gate and up projection become one matrix of 16 rows of the one,
-16 of the other, in turn, so that what belongs together is computed together. An adapter's B has the
-order of the matrix it changes, its A's are one below the other.
+Matrices become strips (`formats.py`). Gate and up projection become one matrix of 16 rows of the
+one, 16 of the other, in turn, so that what belongs together is computed together. An adapter's B
+has the order of the matrix it changes, its A's are one below the other.
+
+A model's matrices are held in bfloat16, or in fewer bits where `precision` says so: all of them in
+8 bits, or those of the layers in 4 and the head in 8. An embedding that is not the head stays in
+bfloat16: only one row of it is read for a token. Adapters are bfloat16 always.
 
 Covers decoders of Llama's build: Llama, Mistral, Qwen 2 and Qwen 3.
 
@@ -12,7 +15,8 @@ Axis suffixes: O outputs, I inputs, R rank, S positions, F half the width of a h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +24,16 @@ from torch import Tensor
 
 from outcrop.errors import ModelError
 from outcrop.models.lora import Adapter
+from outcrop.serve.formats import STRIP, PackedMatrix, is_bfloat16, pack_matrix
 from outcrop.serve.forward import (
     MOST_SHARED_HEADS,
-    STRIP,
     WIDEST_HEAD,
     PackedAdapter,
     PackedLayer,
     PackedModel,
     Shape,
+    pack_few_bits,
+    rounds_rows,
     wide_room,
 )
 
@@ -39,6 +45,9 @@ LINEAR_MODULES = {
     "down": ("mlp.down_proj",),
 }
 """In the order of forward.LINEARS."""
+PRECISIONS = ("auto", "bfloat16", "int8", "int4")
+"""What a model's matrices may be held in; auto is bfloat16, but for what `pack_model` says."""
+FEW_BITS = ("int8", "int4")
 _SPEEDS = ("default", "linear", "llama3")
 
 
@@ -87,10 +96,17 @@ def read_shape(config: Mapping[str, Any]) -> Shape | None:
 
 
 def pack_model(
-    config: Mapping[str, Any], shape: Shape, weights: Mapping[str, Tensor]
+    config: Mapping[str, Any],
+    shape: Shape,
+    weights: Mapping[str, Tensor],
+    precision: str = "auto",
 ) -> PackedModel:
     """Pack a model's weights, which are named as in transformers.
 
+    Args:
+        precision: one of PRECISIONS. Where a pass computes in float32, auto keeps a matrix float32
+            that is so and that bfloat16 would round: training that computes in float32 moves many
+            weights by less than half the last place of a bfloat16 number.
     Raises:
         ModelError: a tensor is missing or has another shape.
     """
@@ -113,6 +129,8 @@ def pack_model(
     def head_norm(name: str) -> Tensor | None:
         return take(name, shape.head).float().contiguous() if name in weights else None
 
+    keeps = precision == "auto" and not rounds_rows()
+    pack = partial(_pack, precision=precision, keeps=keeps)
     width, given_inner = shape.width, int(config["intermediate_size"])
     queries, keys = shape.heads * shape.head, shape.groups * shape.head
     outputs = {
@@ -139,10 +157,10 @@ def pack_model(
                     take(f"{prefix}post_attention_layernorm.weight", width).float().contiguous(),
                 ),
                 matrices=(
-                    pack(torch.cat(matrices["qkv"]), wide_room),
-                    pack(matrices["out"][0], wide_room),
-                    pack(in_turn(matrices["gate_up"], shape.inner), wide_room),
-                    pack(wider(matrices["down"][0], shape.inner), wide_room),
+                    pack(torch.cat(matrices["qkv"])),
+                    pack(matrices["out"][0]),
+                    pack(in_turn(matrices["gate_up"], shape.inner)),
+                    pack(wider(matrices["down"][0], shape.inner)),
                 ),
                 qkv_bias=bias(prefix),
                 query_norm=head_norm(f"{prefix}self_attn.q_norm.weight"),
@@ -160,9 +178,20 @@ def pack_model(
         take("model.norm.weight", width).float().contiguous(),
         cosines_SF,
         sines_SF,
-        pack(head, wide_room),
-        None if head is embedding else embedding.to(torch.bfloat16).contiguous(),
+        pack(head, precision="int8" if precision == "int4" else precision),
+        None
+        if head is embedding
+        else pack(embedding, precision="bfloat16" if precision in FEW_BITS else precision),
     )
+
+
+def _pack(matrix_OI: Tensor, *, precision: str, keeps: bool) -> PackedMatrix:
+    if precision == "auto":
+        is_wide = matrix_OI.dtype in (torch.float32, torch.float64)
+        precision = "float32" if keeps and is_wide and not is_bfloat16(matrix_OI) else "bfloat16"
+    if precision in FEW_BITS:
+        return pack_few_bits(matrix_OI, precision, wide_room)
+    return pack_matrix(matrix_OI, precision, wide_room)
 
 
 def pack_adapter(adapter: Adapter, shape: Shape, given_inner: int) -> PackedAdapter:
@@ -223,33 +252,10 @@ def pack_adapter(adapter: Adapter, shape: Shape, given_inner: int) -> PackedAdap
             a = torch.cat([a_RI for a_RI, _ in pairs])
             parts = [b_OR for _, b_OR in pairs]
             b = in_turn(parts, shape.inner) if linear == "gate_up" else torch.cat(parts)
-            linears.append((pack(wider(a, shape.inner) if linear == "down" else a), pack(b)))
+            a = wider(a, shape.inner) if linear == "down" else a
+            linears.append((_bfloat16(a), _bfloat16(b)))
         layers.append(linears)
     return PackedAdapter(stored_rank, layers)
-
-
-def pack(matrix_OI: Tensor, room: Callable[[int, torch.dtype], Tensor] | None = None) -> Tensor:
-    """Return a matrix in strips.
-
-    Args:
-        room: gives the memory, for a number of elements of a type.
-    """
-    outputs, inputs = matrix_OI.shape
-    strips = -(-outputs // STRIP)
-    size = strips * inputs * STRIP
-    packed = _aligned(size) if room is None else room(size, torch.bfloat16)
-    matrix_OI = torch.nn.functional.pad(matrix_OI, (0, 0, 0, strips * STRIP - outputs))
-    # A pair of numbers moves as one: several times as fast.
-    pairs = matrix_OI.to(torch.bfloat16).contiguous().view(torch.int32)
-    view = packed.view(torch.int32).view(strips, inputs // 2, STRIP)
-    view.copy_(pairs.view(strips, STRIP, inputs // 2).transpose(1, 2))
-    return packed
-
-
-def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
-    """Return the matrix (O, I) that `pack` was given."""
-    strips = packed.view(-1, inputs // 2, STRIP, 2)
-    return strips.transpose(1, 2).reshape(-1, inputs)[:outputs]
 
 
 def in_turn(matrices: Sequence[Tensor], outputs: int) -> Tensor:
@@ -295,8 +301,5 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _aligned(count: int) -> Tensor:
-    """Return an empty bfloat16 tensor that begins at a multiple of 64 bytes."""
-    room = torch.empty(count + 32, dtype=torch.bfloat16)
-    first = -room.data_ptr() % 64 // 2
-    return room[first : first + count]
+def _bfloat16(matrix_OI: Tensor) -> Tensor:
+    return pack_matrix(matrix_OI, "bfloat16").data

@@ -29,7 +29,7 @@ from outcrop.serve.forward import (
     is_compiled,
     pages_of,
 )
-from outcrop.serve.network import default_device, read_config, read_weights
+from outcrop.serve.network import default_device, read_config, read_weights, weight_bytes
 from outcrop.serve.packed import pack_adapter, pack_model, read_shape
 
 logger = logging.getLogger("outcrop.model-server")
@@ -81,6 +81,7 @@ class PagedBackend:
         folder: Path,
         *,
         threads: int,
+        precision: str = "auto",
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
         max_own_bytes: int = MAX_OWN_BYTES,
         max_page_bytes: int = MAX_PAGE_BYTES,
@@ -88,6 +89,7 @@ class PagedBackend:
         """
         Args:
             folder: the base model's, in Hugging Face's layout, of which `can_be_paged` holds.
+            precision: what matrices are held in, one of packed.PRECISIONS.
         Raises:
             ModelError: the folder's weights cannot be used.
         """
@@ -101,7 +103,8 @@ class PagedBackend:
         most = max(max_page_bytes // shape.page_bytes, -(-self.max_context // PAGE_TOKENS))
         self.max_rows, self.num_pages = MAX_ROWS, most
         torch.set_num_threads(threads)
-        self._base = _pack(folder, config)
+        self._precision = precision
+        self._base = _pack(folder, config, precision)
         self._forward = Forward(
             self._base,
             threads=threads,
@@ -113,6 +116,26 @@ class PagedBackend:
         self._adapters: OrderedDict[str, PackedAdapter] = OrderedDict()
         self._own: OrderedDict[str, OwnModel] = OrderedDict()
         self.num_loads = 0
+
+    @property
+    def base_bytes(self) -> int:
+        """See `Backend`."""
+        return self._base.num_bytes
+
+    @property
+    def num_own(self) -> int:
+        """See `Backend`."""
+        return len(self._own)
+
+    @property
+    def own_bytes(self) -> int:
+        """See `Backend`."""
+        return sum(own.num_bytes for own in list(self._own.values()))
+
+    @property
+    def page_bytes(self) -> int:
+        """See `Backend`."""
+        return self._shape.page_bytes
 
     @property
     def num_adapters(self) -> int:
@@ -147,9 +170,13 @@ class PagedBackend:
             logger.info("adapter %s read, %d kept", name, len(self._adapters))
             return True
         # Before, so that what is kept and what is read are never both in memory.
-        if not _make_room(self._own, self._max_own_bytes, self._base.num_bytes, in_use):
+        more = self._base.num_bytes
+        if self._precision == "auto":  # which keeps float32 what bfloat16 does not hold
+            more = max(more, weight_bytes(found.weights))
+        if not _make_room(self._own, self._max_own_bytes, more, in_use):
             return False
-        model = _pack(found.weights, read_config(found.weights))
+        config = read_config(found.weights)
+        model = _pack(found.weights, config, self._precision)
         if model.shape != self._shape:
             raise ModelError(f"{found.weights} has another shape than the base model.")
         adapter = self._pack_adapter(found.adapter) if found.adapter else None
@@ -198,11 +225,11 @@ class PagedBackend:
         return pack_adapter(adapter, self._shape, self._inner)
 
 
-def _pack(folder: Path, config: Mapping[str, Any]) -> PackedModel:
+def _pack(folder: Path, config: Mapping[str, Any], precision: str) -> PackedModel:
     shape = read_shape(config)
     if shape is None:
         raise ModelError(f"{folder} has another architecture than the base model.")
-    return pack_model(config, shape, read_weights(folder))
+    return pack_model(config, shape, read_weights(folder), precision)
 
 
 def _make_room(

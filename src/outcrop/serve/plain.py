@@ -56,6 +56,26 @@ class PlainBackend:
         self.num_pages = -(-max(MAX_TOKENS, self.max_context) // PAGE_TOKENS)
 
     @property
+    def base_bytes(self) -> int:
+        """See `Backend`."""
+        return self._adapters.base_bytes
+
+    @property
+    def num_own(self) -> int:
+        """See `Backend`."""
+        return self._adapters.num_own
+
+    @property
+    def own_bytes(self) -> int:
+        """See `Backend`."""
+        return self._adapters.own_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """See `Backend`; sequences have caches of their own, whose pages are only counted."""
+        return 0
+
+    @property
     def num_adapters(self) -> int:
         """See `Backend`."""
         return self._adapters.num_kept

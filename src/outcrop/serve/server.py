@@ -129,10 +129,12 @@ def open_engine(folder: Path, weights_key: str, settings: Settings) -> Engine:
     threads = settings.serve_threads or default_threads()
 
     def open_own() -> BatchEngine:
-        rates = rate_file(settings.data_dir / "cache" / "rates", weights_key, threads)
+        held = f"{weights_key} {settings.serve_weights}"
+        rates = rate_file(settings.data_dir / "cache" / "rates", held, threads)
         return BatchEngine(
             folder,
             threads=threads,
+            precision=settings.serve_weights,
             limits=Limits(
                 units=settings.machine_model_units,
                 max_waiting=settings.max_waiting_requests,

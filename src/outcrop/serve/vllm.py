@@ -181,6 +181,11 @@ class VllmEngine:
                 num_requests=self._num_requests,
                 input_tokens=self._input_tokens,
                 output_tokens=self._output_tokens,
+                # vLLM does not tell what its weights and pages take.
+                base_bytes=0,
+                num_own=0,
+                own_bytes=0,
+                page_bytes=0,
                 num_adapters=min(len(self._adapters), MAX_ADAPTERS_KEPT),
                 adapter_bytes=self._adapter_bytes,
                 num_adapter_loads=self._num_loads,

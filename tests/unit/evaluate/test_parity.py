@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -18,14 +19,21 @@ from tests.assets.tiny_plan import tiny_plan
 from outcrop.data.records import Example
 from outcrop.errors import ModelError, StopRequested, TrainingError
 from outcrop.evaluate.parity import (
+    LEAST_AGREEMENT,
     MAX_RECORDS,
     MAX_TOKENS,
+    MOST_DIVERGENCE,
+    Agreement,
+    check_agreement,
     check_parity,
     choose_records,
+    compare_backends,
     record_losses,
 )
 from outcrop.models.load import load_base
 from outcrop.serve import forward
+from outcrop.serve.backend import Backend, Part, Scores
+from outcrop.serve.engine import open_backend
 from outcrop.train.loop import TrainResult, train
 
 ADAPTER = tiny_plan(num_epochs=4, lora_targets=("q_proj", "v_proj", "up_proj", "down_proj"))
@@ -73,6 +81,55 @@ def test_what_was_trained_is_served(
     assert parity.largest_difference < 0.15
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_was_trained_is_served_in_few_bits_within_their_bounds(
+    folder: Path, trained: TrainResult, precision: str
+) -> None:
+    if not forward.is_compiled():
+        pytest.skip("there is no C compiler")
+    parity = check_parity(folder, trained.artifact, trained.sample, threads=2, precision=precision)
+    assert parity.served_loss == pytest.approx(parity.trained_loss, abs=0.03)
+    assert parity.agreement is not None
+    assert parity.agreement.num_tokens == parity.num_tokens
+    assert LEAST_AGREEMENT[precision] <= parity.agreement.top1 <= 1
+    assert 0 < parity.agreement.divergence <= MOST_DIVERGENCE[precision]
+
+
+class AsTheBase:
+    """A backend that leaves custom models out."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.page_tokens, self.max_rows = backend.page_tokens, backend.max_rows
+        self.backend = backend
+
+    def run(self, parts: Sequence[Part]) -> list[Scores | Exception | None]:
+        return self.backend.run([replace(part, artifact=None) for part in parts])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_another_adapter_in_few_bits_is_refused_with_the_figures(
+    folder: Path, trained: TrainResult, precision: str
+) -> None:
+    """As a fault in what serves few bits would show: it answers as the base does."""
+    examples = [record.example for record in trained.sample]
+    exact = open_backend(folder, threads=1, max_page_bytes=1)
+    other = AsTheBase(open_backend(folder, threads=1, max_page_bytes=1))
+    artifact = str(trained.artifact)
+    try:
+        exact.load(artifact, ())
+        same = compare_backends(exact, exact, artifact, examples)
+        agreement = compare_backends(exact, cast(Backend, other), artifact, examples)
+    finally:
+        exact.close()
+        other.backend.close()
+    assert (same.top1, same.divergence) == (1.0, 0.0)
+    check_agreement(same, precision)
+    with pytest.raises(TrainingError, match=f"cannot be served in {precision}.*likeliest"):
+        check_agreement(agreement, precision)
+    with pytest.raises(TrainingError, match="nan"):
+        check_agreement(Agreement(1.0, float("nan"), 9), precision)
+
+
 def leave_out(artifact: Path) -> None:
     """Every change of one kind of layer."""
     for file in artifact.glob("*.safetensors"):
@@ -100,9 +157,14 @@ def scale(artifact: Path) -> None:
     file.write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
 
 
+@pytest.mark.parametrize("precision", ["auto", "int8"])
 @pytest.mark.parametrize("spoil", [leave_out, mix_up, scale])
 def test_a_model_that_is_served_otherwise_is_refused_with_the_figures(
-    folder: Path, trained: TrainResult, tmp_path: Path, spoil: Callable[[Path], None]
+    folder: Path,
+    trained: TrainResult,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    precision: str,
 ) -> None:
     if spoil is scale and not (trained.artifact / "adapter_config.json").is_file():
         pytest.skip("whole weights have no scaling")
@@ -110,7 +172,7 @@ def test_a_model_that_is_served_otherwise_is_refused_with_the_figures(
     shutil.copytree(trained.artifact, artifact)
     spoil(artifact)
     with pytest.raises(TrainingError) as caught:
-        check_parity(folder, artifact, trained.sample, threads=1)
+        check_parity(folder, artifact, trained.sample, threads=1, precision=precision)
     trained_loss = sum(one.loss * one.num_tokens for one in trained.sample) / sum(
         one.num_tokens for one in trained.sample
     )

@@ -153,8 +153,8 @@ def test_model_that_is_not_served_as_it_was_trained_is_not_published(
     settings: Settings, engine: Engine, objects: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = held(settings, engine)
-    served = parity._served_loss
-    monkeypatch.setattr(parity, "_served_loss", lambda *of: served(*of) + 1.0)
+    served = parity.served_loss
+    monkeypatch.setattr(parity, "served_loss", lambda *of: served(*of) + 1.0)
     with pytest.raises(TrainingError, match=r"as served and .* as trained"):
         customization.run(settings, engine, job, lambda: False, objects=objects)
     with engine.connect() as connection:

@@ -196,6 +196,11 @@ def test_an_adapter_is_read_once_while_there_is_room(
     stats = engine.stats()
     assert (stats.num_adapters, stats.num_adapter_loads) == (3, 3)
     assert stats.adapter_bytes > 0
+    assert (stats.num_own, stats.own_bytes) == (0, 0)
+    # What ended requests left may be taken over: their pages are of use.
+    used = stats.num_pages - stats.num_pages_free
+    assert stats.page_bytes == used * engine._backend.page_bytes
+    assert stats.base_bytes > 0
 
 
 def test_a_model_with_weights_of_its_own_is_served_beside_the_base(

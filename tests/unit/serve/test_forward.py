@@ -21,8 +21,8 @@ from outcrop.errors import ModelError
 from outcrop.models import compiled
 from outcrop.models.lora import ALL_LINEARS, Adapter, LoraConfig, LoraLinear, adapter_of, attach
 from outcrop.serve import forward
+from outcrop.serve.formats import STRIP
 from outcrop.serve.forward import (
-    STRIP,
     Forward,
     PackedAdapter,
     PackedModel,
@@ -32,12 +32,10 @@ from outcrop.serve.forward import (
 )
 from outcrop.serve.packed import (
     in_turn,
-    pack,
     pack_adapter,
     pack_model,
     read_shape,
     rotations,
-    unpack,
 )
 
 COMPILER = next(filter(None, map(shutil.which, compiled.COMPILERS)), None)
@@ -341,6 +339,8 @@ def test_other_processors_compute_as_closely_and_alike_in_any_company(
 ) -> None:
     """Without instructions of its own, with wide vectors, with products of bfloat16 numbers."""
     monkeypatch.setattr(forward, "MACHINE_FLAGS", (flags,))
+    # Vectors that are wider than the processor's take compilers a minute to make good code of.
+    monkeypatch.setattr(forward, "FLAGS", ("-O1", *forward.FLAGS[1:]))
     forward._library.cache_clear()
     try:
         test_scores_are_those_of_transformers("llama")
@@ -367,15 +367,6 @@ def test_without_a_compiler_nothing_is_compiled_and_it_is_said(
     finally:
         compiled.keep_libraries_in(before)
         forward._library.cache_clear()
-
-
-@settings(deadline=None)
-@given(outputs=st.integers(1, 200), pairs=st.integers(1, 40))
-def test_a_packed_matrix_is_unpacked_to_the_same_numbers(outputs: int, pairs: int) -> None:
-    matrix_OI = torch.randn(outputs, 2 * pairs).to(torch.bfloat16)
-    found = pack(matrix_OI)
-    assert found.data_ptr() % 64 == 0
-    assert torch.equal(unpack(found, outputs, 2 * pairs), matrix_OI)
 
 
 def test_gate_and_up_lie_in_turn() -> None:
