@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from benchmarks.serving_work import RANK
 from benchmarks.training_work import peak_bytes
@@ -23,10 +23,11 @@ from benchmarks.training_work import peak_bytes
 from outcrop.data.records import Message
 from outcrop.serve.engine import BatchEngine
 from outcrop.serve.request import Event, Generation, GenerationRequest, SamplingParams, TokenEvent
-from outcrop.serve.vllm import VllmEngine
-from outcrop.serve.vllm_library import open_vllm
 
-AnyEngine = BatchEngine | VllmEngine
+if TYPE_CHECKING:
+    from outcrop.serve.vllm import VllmEngine
+
+AnyEngine: TypeAlias = "BatchEngine | VllmEngine"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ def start_engine(weights: Path, threads: int, options: Mapping[str, Any]) -> Any
             seam, in an environment that has it; its own variables say how many threads it has.
     """
     if options.get("engine") == "vllm":
+        from outcrop.serve.vllm import VllmEngine
+        from outcrop.serve.vllm_library import open_vllm
+
         dtype = str(options.get("dtype", "auto"))
         engine: AnyEngine = VllmEngine(
             weights,

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ CONTENDERS = (
         *("transformers float32, adapters", "transformers", FULL),
         *({"dtype": "float32", "with_adapters": True}, ADAPTER_ROWS),
     ),
+    Contender("Outcrop int8", "Outcrop", EIGHT_BITS, {"precision": "int8"}, OWN_ROWS),
     Contender("llama.cpp q8_0", "llama.cpp", EIGHT_BITS, {"kind": "q8_0"}),
     Contender("OpenVINO int8", "OpenVINO", EIGHT_BITS, {"kind": "int8"}, BASE_ROWS),
     Contender(
         *("OpenVINO int8, adapters", "OpenVINO", EIGHT_BITS),
         *({"kind": "int8", "with_adapters": True}, ADAPTER_ROWS),
     ),
+    Contender("Outcrop int4", "Outcrop", FOUR_BITS, {"precision": "int4"}, OWN_ROWS),
     Contender("llama.cpp q4_0", "llama.cpp", FOUR_BITS, {"kind": "q4_0"}),
 )
 MEASURES = (
@@ -106,7 +109,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help="add to the rounds measured before")
-    parser.add_argument("--only", nargs="+", help="contenders, by the beginnings of their names")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="contenders, by their names; * for anything"
+    )
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS))
     options = parser.parse_args()
     weights = shipped_weights(options.weights)
@@ -124,7 +129,7 @@ def main() -> None:
         prepare(contender, weights, adapters, options.peer_python, folder)
         for contender in CONTENDERS
         if pythons[contender.engine] is not None
-        if not options.only or contender.name.startswith(tuple(options.only))
+        if any(fnmatch(contender.name, pattern) for pattern in options.only)
     ]
     for _ in range(options.rounds):
         for contender in contenders:
