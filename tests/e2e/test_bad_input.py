@@ -498,16 +498,6 @@ def test_an_unknown_model_is_refused(service: Service, model: str, code: str, st
     assert model in error.message
 
 
-def test_a_custom_model_without_throughput_says_what_it_needs(
-    service: Service, tuned: Tuned
-) -> None:
-    runtime = service.client("bedrock-runtime")
-    arn = tuned.job["outputModelArn"]
-    error = refusal(lambda: runtime.invoke_model(modelId=arn, body=b'{"prompt":"a"}'))
-    assert (error.code, error.status) == ("ValidationException", 400)
-    assert "provisioned model throughput" in error.message
-
-
 # --- data that cannot be used: the job fails and says where ---------------------------------------
 
 GOOD = b'{"prompt":"Which code has part 1?","completion":" code 07"}\n'
