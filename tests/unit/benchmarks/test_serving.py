@@ -12,6 +12,7 @@ import pytest
 import torch
 from benchmarks import pictures
 from benchmarks.adapter_files import write_adapters, write_gguf_adapter
+from benchmarks.serving_page import fill
 from benchmarks.serving_peers import of_round, table_of
 from benchmarks.serving_soak import growth, is_last
 from benchmarks.serving_work import MANY, MIXED, ONE, ROWS, draw_prompts
@@ -117,3 +118,21 @@ def test_pictures_are_whole_and_hold_every_value() -> None:
     assert len([height for height in heights if height > 0]) == 4
     for bar in bars_drawn:
         assert float(bar.attrib["y"]) >= pictures.TOP - 0.1
+
+
+def test_the_page_takes_the_newest_tables_and_leaves_what_was_not_measured(tmp_path: Path) -> None:
+    table = "| a | b |\n|---|---|\n| 1 | {} |"
+    for day, value in (("2026-01-02", "old"), ("2026-02-03", "new")):
+        text = f"# T\n\nhow\n\nWeights of 8 bits:\n\n{table.format(value)}\n\nnotes | not a table\n"
+        (tmp_path / f"{day}_2-cores-x_speed.md").write_text(text)
+    page = (
+        "before\n<!-- measured: speed -->\nx\n<!-- end -->\n"
+        "<!-- measured: other -->\nkept\n<!-- end -->\n"
+    )
+    filled = fill(page, tmp_path)
+    assert "| 1 | new |" in filled
+    assert "old" not in filled
+    assert "Weights of 8 bits:" in filled
+    assert "notes" not in filled
+    assert "kept" in filled
+    assert fill(filled, tmp_path) == filled
