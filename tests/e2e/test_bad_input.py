@@ -524,8 +524,12 @@ DEFECTS: dict[str, tuple[bytes, list[str]]] = {
     "empty file": (b"", ["no record"]),
     "blank lines only": (b"\n \n\n", ["no record"]),
     "record too long": (
-        GOOD + json.dumps({"prompt": LONG_PROMPT, "completion": "b"}).encode() + b"\n",
+        GOOD + json.dumps({"prompt": "rock " * 4500, "completion": "b"}).encode() + b"\n",
         ["exceeds limit of 4096", "ine 2"],
+    ),
+    "record of too many characters": (
+        GOOD + json.dumps({"prompt": LONG_PROMPT, "completion": "b"}).encode() + b"\n",
+        ["Input size exceeded", "ine 2"],
     ),
 }
 

@@ -170,6 +170,12 @@ def test_usage_is_in_the_database_once_the_service_has_stopped(
     answer = ask(small, BASE, 3)
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     assert headers["x-amzn-bedrock-output-token-count"] == "3"
+    runtime = small.client("bedrock-runtime", attempts=8)
+    body = json.dumps({"prompt": "Count.", "max_gen_len": 2})
+    assert runtime.invoke_model(modelId=throughput, body=body)["body"].read()
+    streamed = runtime.invoke_model_with_response_stream(modelId=LLAMA, body=body)
+    with closing(streamed["body"]) as events:
+        assert list(events)
     small.stop()
     with closing(sqlite3.connect(small.data_dir / "outcrop.sqlite3")) as database:
         rows = database.execute(
@@ -178,7 +184,7 @@ def test_usage_is_in_the_database_once_the_service_has_stopped(
         ).fetchall()
     found = {bought or model.rpartition("/")[2]: counts for model, bought, *counts in rows}
     small.start()
-    assert found[BASE][2] >= 5
-    assert found[throughput][2] >= TOKENS
-    assert found[LLAMA][0] >= 1 + 1
+    assert found[BASE][2] >= 3
+    assert found[throughput][2] >= 1
+    assert found[LLAMA][0] >= 1
     assert all(value > 0 for counts in found.values() for value in counts)
