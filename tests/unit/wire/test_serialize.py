@@ -10,7 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from botocore.model import OperationModel, ServiceModel
 
-from outcrop.errors import ApiError, TooManyTagsException, ValidationException
+from outcrop.errors import (
+    ApiError,
+    ThrottlingException,
+    TooManyTagsException,
+    ValidationException,
+)
 from outcrop.wire.model import service_model
 from outcrop.wire.serialize import serialize_error, serialize_output
 
@@ -217,6 +222,13 @@ def test_an_error_carries_the_members_its_model_names() -> None:
     reply = serialize_error("bedrock", error, "r")
     assert json.loads(reply.body) == {"message": "Too many.", "resourceName": "arn"}
     assert json.loads(serialize_error("kms", error, "r").body) == {"message": "Too many."}
+
+
+def test_an_error_that_knows_when_to_ask_again_says_so_in_headers() -> None:
+    error = ThrottlingException("Too many tokens.", members={"retryAfterSeconds": 1.2345})
+    headers = serialize_error("bedrock", error, "r").headers
+    assert (headers["x-amz-retry-after"], headers["Retry-After"]) == ("1235", "2")
+    assert "Retry-After" not in serialize_error("bedrock", ThrottlingException("x"), "r").headers
 
 
 def test_sts_answers_in_xml() -> None:

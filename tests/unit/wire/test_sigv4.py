@@ -169,6 +169,11 @@ def test_a_path_that_was_written_otherwise_on_the_way_is_still_the_same() -> Non
     assert _code(other) == "SignatureDoesNotMatch 403"
 
 
+def test_a_path_with_dot_segments_is_signed_as_botocore_signs_it() -> None:
+    for path in ("/model/../foundation-models", "/../a//b/./c/../d/"):
+        _verify(_signed("bedrock", path=path))
+
+
 def test_unsigned_requests_and_bearer_tokens_are_no_signature() -> None:
     assert read_signature(SignedRequest("GET", "/", "a=b&X-Amz-Meta=1", [])) is None
     assert read_signature(SignedRequest("GET", "/", "", [("authorization", "Bearer abc")])) is None
