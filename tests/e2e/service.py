@@ -229,7 +229,7 @@ class Service:
     def process(self, part: str) -> Process:
         """Wait for a process whose command line holds `part`."""
         return wait_for(
-            lambda: next(iter(self.processes(part)), None), 30.0, f"a process with {part}"
+            lambda: next(iter(self.processes(part)), None), JOB_SECONDS, f"a process with {part}"
         )
 
     @contextmanager

@@ -363,6 +363,19 @@ def test_a_data_task_that_the_kernel_ends_for_memory_computes_no_smaller_portion
     assert "memory" not in last_event(service, task, "Requeued")
 
 
+def test_a_data_task_does_not_wait_for_the_exit_of_one_that_has_ended(service: Service) -> None:
+    first = service.create_task("a", "is deaf")
+    second = service.create_task("b", "is deaf")
+    kernel = Kernel(service)
+    kernel.tick()
+    assert (service.job(first).status, service.job(second).status) == ("running", "queued")
+    with transaction(service.engine) as connection:
+        assert jobs.fail_job(connection, first.id, service.job(first).fence, "It was bad.")
+    kernel.tick()
+    assert service.job(second).status == "running"
+    assert [attempt.code for attempt in kernel.started] == [None, None]
+
+
 def test_a_stop_that_had_to_kill_does_not_count_as_out_of_memory(service: Service) -> None:
     job = service.create("a", "is deaf")
     kernel = Kernel(service)

@@ -55,6 +55,8 @@ class _Held:
     attempt: Attempt
     beaten_at: float
     kill_at: float | None = None
+    ended: bool = False
+    """Its row has ended, so the attempt is about to exit."""
 
 
 class Worker:
@@ -137,7 +139,8 @@ class Worker:
     def _keep(self, held: _Held, row: LiveJob | None) -> None:
         """See that the lease lives on, and that an attempt ends which is to end."""
         now = self._clock()
-        if row is None:  # the attempt has ended its job, so it is about to exit
+        if row is None:
+            held.ended = True
             held.kill_at = held.kill_at or now + EXIT_SECONDS
         else:
             mine = row.fence == held.job.fence and row.status in jobs.HELD
@@ -256,9 +259,11 @@ class Worker:
             self._held[job.id] = _Held(job, attempt, self._clock())
 
     def _room(self, kind: str) -> queue.Capacity:
+        if kind == DATA_TASK:  # one that has ended its task, and only exits, holds up nobody
+            tasks = [held for held in self._held.values() if held.job.kind == kind]
+            slots = queue.TASK_SLOTS - sum(not held.ended for held in tasks)
+            return replace(queue.UNBOUNDED, slots=slots)
         held = [held.job for held in self._held.values() if held.job.kind == kind]
-        if kind == DATA_TASK:
-            return replace(queue.UNBOUNDED, slots=queue.TASK_SLOTS - len(held))
         return replace(
             self._capacity,
             cores=self._capacity.cores - sum(job.cores for job in held),
