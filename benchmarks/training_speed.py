@@ -9,8 +9,9 @@
 Each contender is a process of its own that ends before the next one begins: A B C A B C ... Each
 round has a window of the records of its own, the same for all. Beside the speed it compares the
 losses of the first steps, and the validation loss at the end of them, with a plain float32 loop.
-Without --trl-python only Outcrop is measured. How to make TRL's environment stands in
-`requirements-trl.txt`.
+Everybody computes in the type that this processor multiplies faster: TRL too is told to take
+float32 where there are no bfloat16 products, whatever its setting is called. Without --trl-python
+only Outcrop is measured. How to make TRL's environment stands in `requirements-trl.txt`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from benchmarks.tricks import WITHOUT
 
 from outcrop.data.records import Example
 from outcrop.data.render import Renderer
+from outcrop.models.load import has_fast_bfloat16
 from outcrop.train.threads import ENVIRONMENT
 
 NUM_RECORDS, NUM_VALIDATION = 1500, 100
@@ -64,6 +66,7 @@ OUTCROP = Contender("Outcrop")
 REFERENCE = Contender("plain float32 loop", "reference")
 OWN_REFERENCE = Contender("Outcrop in float32", options={"dtype": "float32"})
 
+FAST_TYPE = "bfloat16" if has_fast_bfloat16() else "float32"
 _KEPT = {"gradient_checkpointing": False}
 _FREE = {"padding_free": True, "max_length": None, **_KEPT}
 _BF16 = {"model_init_kwargs": {"dtype": "bfloat16"}}
@@ -198,6 +201,7 @@ def subject(options: argparse.Namespace) -> str:
     parts += [options.data] if options.data != "operations" else []
     parts += [name for name in ("ladder", "search") if getattr(options, name)]
     parts += ["losses"] if options.only_losses else []
+    parts += ["float32"] if FAST_TYPE == "float32" else []
     return "_".join(parts)
 
 
@@ -220,12 +224,16 @@ def rivals(options: argparse.Namespace) -> list[Contender]:
 
 
 def in_batches(options: argparse.Namespace, given: Sequence[Contender]) -> list[Contender]:
-    """Return the contenders so that those who pack take as many rows a step as others records."""
+    """Return the contenders so that those who pack take as many rows a step as others records,
+    and all compute in the faster type.
+    """
     found = []
     for one in given:
         setting = dict(one.options)
         if setting.get("packing"):
             setting["gradient_accumulation_steps"] = options.batch_size
+        if one.trainer == "trl" and FAST_TYPE == "float32":
+            setting |= {"bf16": False, "model_init_kwargs": {"dtype": "float32"}}
         found.append(replace(one, options=setting))
     return found
 
@@ -335,9 +343,10 @@ def measure_one(
 
 
 def matrix_rate(weights: Path, threads: int) -> dict[str, float]:
-    """Return the machine's bf16 matrix rate now, on the shapes of the model's layers."""
+    """Return the matrix rate now in the faster type, on the shapes of the layers."""
     config = str(weights / "config.json")
     command = [sys.executable, "-m", "benchmarks.matrix_rate", config, "--threads", str(threads)]
+    command += ["--dtype", FAST_TYPE]
     answer = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, check=True
     )
@@ -369,7 +378,7 @@ def speed_table(
             f"{name} is faster",
             "peak memory, MB",
             f"{name}'s share",
-            "of the bf16 matrix rate",
+            f"of the {FAST_TYPE} matrix rate",
             "first step done after",
             "other load, cores",
         )
@@ -403,10 +412,10 @@ def speed_table(
         + (" and the adapters" if options.method == "adapter" else "")
         + ", forward and backward; no attention, no head, no padding. Work that a trainer saves "
         "where records begin alike still counts.",
-        f"- Machine's bf16 matrix rate, {options.threads} threads, same shapes, 1,024 tokens, "
-        f"before each round: {shown} GF/s (median of each product); the median of those is what "
-        f"shares refer to. Best of each product, best round: {best / 1e9:.0f} GF/s, of which "
-        f"{chosen[0].name} uses "
+        f"- Machine's {FAST_TYPE} matrix rate, {options.threads} threads, same shapes, 1,024 "
+        f"tokens, before each round: {shown} GF/s (median of each product); the median of those "
+        f"is what shares refer to. Best of each product, best round: {best / 1e9:.0f} GF/s, of "
+        f"which {chosen[0].name} uses "
         f"{statistics.median(run.tokens_per_second for run in first) * flops / best:.0%}.",
         "- `faster` is the median of the rounds' own ratios; memory is the largest of all rounds.",
     ]
