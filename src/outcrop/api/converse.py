@@ -11,16 +11,9 @@ import anyio.to_thread
 
 from outcrop.api import tools
 from outcrop.api.context import Output, RequestContext, StreamEvent, begun
-from outcrop.api.runtime import (
-    GUARDRAILS,
-    Target,
-    check_ways,
-    count,
-    generate,
-    milliseconds,
-    resolve,
-)
+from outcrop.api.runtime import GUARDRAILS, check_ways, count, generate, milliseconds
 from outcrop.api.streaming import pieces
+from outcrop.api.targets import Target, resolve
 from outcrop.errors import ValidationException
 from outcrop.serve.prompt_formats import NativeRequest, parse_body
 from outcrop.serve.prompt_formats.converse import (

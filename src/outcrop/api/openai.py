@@ -26,7 +26,7 @@ from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from outcrop.api import handlers, runtime, tools
+from outcrop.api import handlers, runtime, targets, tools
 from outcrop.api import openai_answers as answers
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.openai_requests import Ask, model_id, parse_chat, parse_completion
@@ -68,7 +68,7 @@ class _Work:
     """A request that is authenticated, read and resolved."""
 
     context: RequestContext
-    target: runtime.Target
+    target: targets.Target
     ask: Ask
     reply: answers.Reply
 
@@ -335,7 +335,7 @@ def _check_method(signed: SignedRequest, allowed: str) -> None:
         )
 
 
-def _checked(context: RequestContext, target: runtime.Target, ask: Ask) -> Ask:
+def _checked(context: RequestContext, target: targets.Target, ask: Ask) -> Ask:
     """Make sure that the model can be told of the tools."""
     settings = context.services.settings
     try:
@@ -346,10 +346,10 @@ def _checked(context: RequestContext, target: runtime.Target, ask: Ask) -> Ask:
     return replace(ask, requests=tuple(requests))
 
 
-def _resolve(context: RequestContext, identifier: str, operation: str) -> runtime.Target:
+def _resolve(context: RequestContext, identifier: str, operation: str) -> targets.Target:
     """Find the model, which is refused in OpenAI's way where it cannot be asked: 404."""
     try:
-        return runtime.resolve(context, identifier, operation)
+        return targets.resolve(context, identifier, operation)
     except ValidationException as error:
         raise ValidationException(
             error.message, http_status=404, members={"param": "model", "code": "model_not_found"}

@@ -1,8 +1,8 @@
 """InvokeModel: from a model id and a native body to the model server and back.
 
-Resolves the id (base model, provisioned throughput), asks for its model server, waits for it
-where it has to be loaded, and passes the request on. Weights and tokens are the server's
-business. Streams (streaming.py) and Converse (converse.py) take the same way.
+Asks for the model server of what the id stands for (targets.py), waits for it where it has to be
+loaded, and passes the request on. Weights and tokens are the server's business. Streams
+(streaming.py) and Converse (converse.py) take the same way.
 """
 
 from __future__ import annotations
@@ -10,33 +10,29 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
-from sqlalchemy import Connection
 
 from outcrop.api import tools
 from outcrop.api.context import Output, RequestContext
+from outcrop.api.targets import Target, resolve
 from outcrop.errors import (
     ApiError,
     ModelErrorException,
     ModelNotReadyException,
     ModelTimeoutException,
-    ResourceNotFoundException,
     ServingError,
     ValidationException,
 )
-from outcrop.ids import foundation_model_arn, parse_arn
-from outcrop.models.catalog import BaseModel
 from outcrop.serve.client import ModelClient
 from outcrop.serve.prompt_formats import NativeRequest, format_body, parse_body
 from outcrop.serve.request import Generation, GenerationRequest, Owner, TokenEvent
-from outcrop.store import models, servers, throughputs
+from outcrop.store import servers
 from outcrop.store.database import transaction
-from outcrop.store.rows import CustomModel, ProvisionedModel, TokenUsage
+from outcrop.store.rows import TokenUsage
 from outcrop.wire.document import read_json
 from outcrop.wire.model import service_model
 from outcrop.wire.validate import validate
@@ -54,24 +50,6 @@ tried again.
 GUARDRAILS = "Guardrails are not offered by this service."
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an id stands for: a base model, with or without an adapter."""
-
-    model_id: str
-    base: BaseModel
-    weights: str
-    """Key of the base weights; a custom model keeps those it was trained on."""
-    artifact: Path | None
-    """Folder of the custom model's artifact."""
-    digest: str | None = None
-    """Of that folder, as it was published."""
-    model_arn: str = ""
-    """Of the base model or the custom model."""
-    throughput: ProvisionedModel | None = None
-    """By which it was asked; None is on demand."""
 
 
 async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Output:
@@ -256,94 +234,6 @@ async def _with_server(
                     "The model server does not answer. Try again."
                 ) from None
             await anyio.sleep(LONGEST_LOOK_SECONDS)
-
-
-def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
-    """Find what an id stands for, after asking whether the caller may use it.
-
-    Raises:
-        AccessDeniedException: the caller may not do `bedrock:<operation>` on what it names.
-        ResourceNotFoundException, ValidationException: there is no such model, or it cannot be
-            asked by this id.
-        ModelNotReadyException: its throughput is still being created.
-    """
-    account, region = context.account, context.region
-    parsed = parse_arn(identifier)
-    kind = parsed.resource_type if parsed else None
-    model_id = identifier.rpartition("/")[2]
-    resource = identifier if parsed else foundation_model_arn(region, model_id)
-    throughput = custom = None
-    with context.services.engine.connect() as connection:
-        base = context.services.catalog.resolve(identifier, region=context.region)
-        if base is None:
-            # What it names is looked up first, because that is what the caller must be allowed.
-            throughput = throughputs.get_throughput(connection, account, region, identifier)
-            if throughput is None:
-                custom = models.get_model(connection, account, region, identifier)
-            found = throughput or custom
-            resource = found.arn if found else resource
-        context.require(connection, f"bedrock:{operation}", resource)
-        if base is not None:
-            arn = foundation_model_arn(region, base.model_id)
-            return Target(model_id, base, base.weights, None, model_arn=arn)
-        if throughput is not None:
-            return _provisioned(connection, context, throughput)
-    if custom is not None and context.services.settings.invoke_custom_models:
-        return _custom(context, custom)
-    if custom is not None:
-        raise ValidationException(
-            f"Invocation of the custom model {custom.name} with on-demand throughput isn't "
-            "supported here (invoke_custom_models is false). Create a provisioned model throughput "
-            "for it and invoke that one's ARN."
-        )
-    if kind in (None, "foundation-model"):
-        raise ValidationException(
-            f"The provided model identifier is invalid: {identifier}. ListFoundationModels and "
-            "ListProvisionedModelThroughputs list what can be invoked."
-        )
-    raise ResourceNotFoundException(f"Model not found: {identifier}.")
-
-
-def _custom(context: RequestContext, custom: CustomModel) -> Target:
-    """Return what a custom model's own id stands for: the same as with a throughput."""
-    base = context.services.catalog.resolve(custom.base_model_id)
-    if base is None:
-        raise ModelErrorException(
-            f"The base model of {custom.name} is not in the catalogue any more."
-        )
-    artifact = context.services.settings.data_dir / custom.artifact_path
-    return Target(
-        *(custom.arn, base, custom.spec["weights"], artifact, custom.artifact_digest),
-        model_arn=custom.arn,
-    )
-
-
-def _provisioned(
-    connection: Connection, context: RequestContext, throughput: ProvisionedModel
-) -> Target:
-    if throughput.status == "Creating":
-        raise ModelNotReadyException(
-            f"The provisioned throughput {throughput.name} is still Creating. Try again when it "
-            "is InService."
-        )
-    if throughput.status == "Failed":
-        raise ValidationException(
-            f"The provisioned throughput {throughput.name} has failed: {throughput.failure_message}"
-        )
-    catalog = context.services.catalog
-    custom = models.get_model(connection, context.account, context.region, throughput.model_arn)
-    base = catalog.resolve(custom.base_model_id if custom else throughput.model_arn)
-    if base is None:
-        raise ModelErrorException(
-            f"The base model of {throughput.name} is not in the catalogue any more."
-        )
-    artifact = context.services.settings.data_dir / custom.artifact_path if custom else None
-    digest = custom.artifact_digest if custom else None
-    return Target(
-        *(throughput.arn, base, throughput.weights, artifact, digest),
-        model_arn=throughput.model_arn,
-        throughput=throughput,
-    )
 
 
 async def _ready_client(context: RequestContext, weights: str, deadline: float) -> ModelClient:

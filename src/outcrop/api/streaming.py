@@ -12,14 +12,13 @@ import anyio.to_thread
 from outcrop.api import tools
 from outcrop.api.context import Output, RequestContext, StreamEvent, begun
 from outcrop.api.runtime import (
-    Target,
     echoed,
     generate,
     milliseconds,
     refuse_what_is_not_offered,
-    resolve,
     stream,
 )
+from outcrop.api.targets import Target, resolve
 from outcrop.serve.prompt_formats import FAMILIES, NativeRequest, Piece, dump, parse_body
 from outcrop.serve.prompt_formats.native import Blocks
 from outcrop.serve.request import Generation

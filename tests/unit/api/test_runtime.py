@@ -1,117 +1,28 @@
-"""What an id names is what the caller must be allowed, and no invocation waits for ever."""
+"""No invocation waits for ever."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import anyio
 import pytest
 from tests.unit.api.conftest import Context
-from tests.unit.store.build import ACCOUNT, REGION, new_model, new_throughput
 
-from outcrop.api import runtime
+from outcrop.api import runtime, targets
 from outcrop.api.context import Services
 from outcrop.data.records import Message
-from outcrop.errors import (
-    AccessDeniedException,
-    ModelNotReadyException,
-    ResourceNotFoundException,
-    ValidationException,
-)
+from outcrop.errors import ModelNotReadyException
 from outcrop.serve.prompt_formats import NativeRequest
 from outcrop.serve.request import SamplingParams
-from outcrop.store import models, servers, throughputs
+from outcrop.store import servers
 from outcrop.store.database import transaction
-from outcrop.store.rows import CustomModel, ProvisionedModel
-
-OURS = f"arn:aws:bedrock:{REGION}:{ACCOUNT}"
-
-
-@pytest.fixture
-def throughput(services: Services) -> ProvisionedModel:
-    """One that is in service."""
-    with transaction(services.engine) as connection:
-        made = throughputs.create_throughput(
-            connection,
-            new_throughput("fast"),
-            max_throughputs=1,
-            max_model_units=1,
-            machine_model_units=2,
-        )
-        throughputs.mark_in_service(connection, made.weights)
-    return made
-
-
-@pytest.mark.parametrize("name", [lambda t: t.arn, lambda t: t.name, lambda t: t.id])
-def test_who_may_use_a_throughput_may_name_it_in_every_way(
-    context: Context, throughput: ProvisionedModel, name: Callable[[ProvisionedModel], str]
-) -> None:
-    caller = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:provisioned-model/*"))
-    assert runtime.resolve(caller, name(throughput), "InvokeModel").model_id == throughput.arn
-    with pytest.raises(AccessDeniedException):
-        runtime.resolve(caller, "amazon.titan-text-lite-v1", "InvokeModel")
-    with pytest.raises(AccessDeniedException):
-        runtime.resolve(caller, "unknown", "InvokeModel")
-
-
-@pytest.mark.parametrize("name", [lambda t: t.arn, lambda t: t.name, lambda t: t.id])
-def test_who_may_use_base_models_may_not_use_a_throughput(
-    context: Context, throughput: ProvisionedModel, name: Callable[[ProvisionedModel], str]
-) -> None:
-    caller = context(
-        "InvokeModel", allowed=("bedrock:InvokeModel", "arn:aws:bedrock:*::foundation-model/*")
-    )
-    assert runtime.resolve(caller, "amazon.titan-text-lite-v1", "InvokeModel").artifact is None
-    with pytest.raises(AccessDeniedException, match="provisioned-model"):
-        runtime.resolve(caller, name(throughput), "InvokeModel")
-
-
-@pytest.mark.parametrize(
-    "name", [lambda m: m.arn, lambda m: m.name, lambda m: f"{OURS}:custom-model/{m.name}"]
-)
-def test_a_custom_model_answers_by_its_own_id_to_who_may_use_it(
-    services: Services, context: Context, name: Callable[[CustomModel], str]
-) -> None:
-    with transaction(services.engine) as connection:
-        models.insert_model(connection, new_model("mine", spec={"weights": "tiny"}))
-        made = models.get_model(connection, ACCOUNT, REGION, "mine")
-    assert made is not None
-    caller = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:custom-model/*"))
-    found = runtime.resolve(caller, name(made), "InvokeModel")
-    assert (found.model_id, found.weights) == (made.arn, made.spec["weights"])
-    assert found.artifact == services.settings.data_dir / made.artifact_path
-    assert found.digest == made.artifact_digest
-    other = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:provisioned-model/*"))
-    with pytest.raises(AccessDeniedException, match="custom-model"):
-        runtime.resolve(other, name(made), "InvokeModel")
-
-
-def test_a_custom_model_needs_a_throughput_where_the_setting_says_so(
-    services: Services, context: Context
-) -> None:
-    with transaction(services.engine) as connection:
-        models.insert_model(connection, new_model("mine"))
-    caller = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:custom-model/*"))
-    refusing = replace(services.settings, invoke_custom_models=False)
-    caller = replace(caller, services=replace(services, settings=refusing))
-    with pytest.raises(ValidationException, match="Create a provisioned model throughput"):
-        runtime.resolve(caller, "mine", "InvokeModel")
-
-
-def test_what_is_not_there_is_not_found(context: Context) -> None:
-    with pytest.raises(ResourceNotFoundException, match="Model not found"):
-        runtime.resolve(context("InvokeModel"), f"{OURS}:provisioned-model/a", "InvokeModel")
-    with pytest.raises(ValidationException, match="identifier is invalid"):
-        runtime.resolve(context("InvokeModel"), "unknown", "InvokeModel")
 
 
 def test_a_server_that_says_it_is_ready_and_does_not_answer_is_given_up(
     services: Services, context: Context, tmp_path: Path
 ) -> None:
-    target = runtime.resolve(context("InvokeModel"), "amazon.titan-text-lite-v1", "InvokeModel")
+    target = targets.resolve(context("InvokeModel"), "amazon.titan-text-lite-v1", "InvokeModel")
     with transaction(services.engine) as connection:
         servers.want(connection, target.weights)
         servers.mark_starting(connection, target.weights, str(tmp_path / "absent.sock"))

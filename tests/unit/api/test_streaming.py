@@ -16,7 +16,7 @@ from tests.unit.api.conftest import Context
 from tests.unit.api.runtime_gateway import ANSWER, WEIGHTS, Gateway, running_gateway, wait_until
 from tests.unit.store.build import new_throughput
 
-from outcrop.api import runtime
+from outcrop.api import runtime, targets
 from outcrop.api.context import Services
 from outcrop.data.records import Message
 from outcrop.errors import (
@@ -480,7 +480,7 @@ def test_time_that_a_slow_reader_takes_is_not_the_models(
     clock = [0.0]
     monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     caller = context("InvokeModel")
-    target = runtime.resolve(caller, LLAMA, "InvokeModel")
+    target = targets.resolve(caller, LLAMA, "InvokeModel")
     native = NativeRequest((Message("user", "Hi"),), SamplingParams())
 
     async def read() -> list[object]:
