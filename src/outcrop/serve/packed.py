@@ -15,6 +15,7 @@ Axis suffixes: O outputs, I inputs, R rank, S positions, F half the width of a h
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -48,6 +49,7 @@ LINEAR_MODULES = {
 PRECISIONS = ("auto", "bfloat16", "int8", "int4")
 """What a model's matrices may be held in; auto is bfloat16, but for what `pack_model` says."""
 FEW_BITS = ("int8", "int4")
+LINE_BYTES = 64
 _SPEEDS = ("default", "linear", "llama3")
 
 
@@ -255,7 +257,37 @@ def pack_adapter(adapter: Adapter, shape: Shape, given_inner: int) -> PackedAdap
             a = wider(a, shape.inner) if linear == "down" else a
             linears.append((_bfloat16(a), _bfloat16(b)))
         layers.append(linears)
-    return PackedAdapter(stored_rank, layers)
+    return PackedAdapter(stored_rank, in_one_piece(layers))
+
+
+def in_one_piece(
+    layers: Sequence[Sequence[tuple[Tensor, Tensor] | None]],
+) -> list[list[tuple[Tensor, Tensor] | None]]:
+    """Return copies that lie in one mapping of memory, which goes back whole when they go.
+
+    As hundreds of small pieces they would leave holes between those of other adapters: a server
+    that had read a thousand held twice the memory that it kept adapters in.
+    """
+    pairs = [pair for linears in layers for pair in linears if pair is not None]
+    room = sum(_room(tensor) for pair in pairs for tensor in pair)
+    memory = torch.frombuffer(mmap.mmap(-1, max(room, 1)), dtype=torch.uint8)
+    first = 0
+
+    def placed(tensor: Tensor) -> Tensor:
+        nonlocal first
+        place = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        first += _room(tensor)
+        return place.copy_(tensor)
+
+    return [
+        [None if pair is None else (placed(pair[0]), placed(pair[1])) for pair in linears]
+        for linears in layers
+    ]
+
+
+def _room(tensor: Tensor) -> int:
+    """Return a tensor's bytes, up to the next line of a cache."""
+    return -(-tensor.nbytes // LINE_BYTES) * LINE_BYTES
 
 
 def in_turn(matrices: Sequence[Tensor], outputs: int) -> Tensor:

@@ -31,6 +31,7 @@ from outcrop.serve.forward import (
     pages_of,
 )
 from outcrop.serve.packed import (
+    in_one_piece,
     in_turn,
     pack_adapter,
     pack_model,
@@ -259,6 +260,27 @@ def companies(draw: st.DrawFn) -> list[tuple[int, int, list[int]]]:
         parts = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
         whole.append((sum(parts), draw(st.integers(0, 2)), parts))
     return whole
+
+
+def test_an_adapter_lies_in_one_piece_of_memory_so_that_nothing_stays_when_it_goes() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator).bfloat16()
+
+    given_pairs = [(matrix(3, 5), matrix(7, 3)), None, (matrix(1, 1), matrix(64, 1))]
+    first, second = in_one_piece([given_pairs, given_pairs[:2]])
+    assert len(first) == 3
+    assert len(second) == 2
+    tensors = []
+    for before, after in zip([*given_pairs, *given_pairs[:2]], [*first, *second], strict=True):
+        assert (before is None) == (after is None)
+        if before is not None and after is not None:
+            assert torch.equal(before[0], after[0])
+            assert torch.equal(before[1], after[1])
+            tensors += list(after)
+    (storage,) = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    assert [(tensor.data_ptr() - storage) for tensor in tensors] == [*(0, 64, 128, 192, 320, 384)]
 
 
 @needs_compiler
