@@ -78,6 +78,16 @@ def provisioned_model_arn(region: str, account: str, provisioned_id: str) -> str
     return f"arn:aws:bedrock:{region}:{account}:provisioned-model/{provisioned_id}"
 
 
+def deployment_arn(region: str, account: str, deployment_id: str) -> str:
+    """Return the ARN of a custom model deployment."""
+    return f"arn:aws:bedrock:{region}:{account}:custom-model-deployment/{deployment_id}"
+
+
+def inference_profile_arn(region: str, account: str, profile_id: str) -> str:
+    """Return the ARN of an application inference profile."""
+    return f"arn:aws:bedrock:{region}:{account}:application-inference-profile/{profile_id}"
+
+
 def role_arn(account: str, name: str) -> str:
     """Return the ARN of a role."""
     return f"arn:aws:iam::{account}:role/{name}"

@@ -169,6 +169,14 @@ class Settings:
         2,
         minimum=0,
     )
+    max_model_deployments: int = _setting(
+        "Custom model deployments an account may hold in a region; 0 allows none.", 100, minimum=0
+    )
+    max_inference_profiles: int = _setting(
+        "Application inference profiles an account may hold in a region; 0 allows none.",
+        1000,
+        minimum=0,
+    )
     max_model_units: int = _setting("Model units one provisioned throughput may have.", 1)
     machine_model_units: int = _setting(
         "Model units that the machine has, for provisioned throughputs of all accounts and models "

@@ -67,9 +67,10 @@ def _listed_ids(base: BaseModel) -> list[str]:
 def _details(context: RequestContext, base: BaseModel, model_id: str) -> dict[str, Any]:
     """Return the summary of `model_id`.
 
-    The plain id can be both customized and asked; the context-suffixed one is what Bedrock lists
-    for customization and provisioned throughput. Here it can be asked on demand too.
+    A context-suffixed id is listed for provisioned throughput, as Bedrock does. Here it can be
+    asked on demand too, which published examples do.
     """
+    is_variant = model_id == base.customization_id != base.model_id
     return {
         "modelArn": foundation_model_arn(context.region, model_id),
         "modelId": model_id,
@@ -77,9 +78,9 @@ def _details(context: RequestContext, base: BaseModel, model_id: str) -> dict[st
         "providerName": base.provider_name,
         "inputModalities": ["TEXT"],
         "outputModalities": ["TEXT"],
-        "responseStreamingSupported": False,
+        "responseStreamingSupported": True,
         "customizationsSupported": list(base.customizations),
-        "inferenceTypesSupported": ["ON_DEMAND", "PROVISIONED"],
+        "inferenceTypesSupported": ["PROVISIONED"] if is_variant else ["ON_DEMAND", "PROVISIONED"],
         "modelLifecycle": {"status": "ACTIVE"},
     }
 

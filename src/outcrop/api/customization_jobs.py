@@ -67,9 +67,8 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         cores=cores,
         memory_bytes=memory_bytes,
     )
-    job_tags = {tag["key"]: tag["value"] for tag in params.get("jobTags", ())}
-    tags.check_tag_count(arn, job_tags)
-    tags.check_tag_count(params["customModelName"], params.get("customModelTags", ()))
+    job_tags = tags.checked_tags(arn, params.get("jobTags", ()))
+    tags.checked_tags(params["customModelName"], params.get("customModelTags", ()))
     with transaction(services.engine) as connection:
         if parent is not None:
             # Held to the end: the model cannot be deleted before the row that needs it is there.

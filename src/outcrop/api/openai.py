@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -43,8 +42,8 @@ from outcrop.identity.policy import decide
 from outcrop.identity.principals import Principal
 from outcrop.ids import foundation_model_arn
 from outcrop.serve.request import Generation, TokenEvent
-from outcrop.store import models, throughputs
-from outcrop.store.rows import CustomModel, Page, ProvisionedModel
+from outcrop.store import deployments, models, profiles, throughputs
+from outcrop.store.rows import Page
 from outcrop.wire.document import read_json_object
 from outcrop.wire.serialize import retry_headers
 from outcrop.wire.signature import SignedRequest
@@ -57,8 +56,10 @@ ENDING = "The service is ending. Ask again."
 MAX_AT_ONCE = 16
 """Answers of one request that are asked for at the same time."""
 MODELS_A_PAGE = 1000
+ANSWERING = ("Active", "InService", "Updating")
+"""States of models, throughputs and deployments in which they are listed."""
 
-Listing = Callable[..., Page[CustomModel] | Page[ProvisionedModel]]
+Listing = Callable[..., Page[Any]]
 Take = Callable[[int, TokenEvent | Generation], Awaitable[None]]
 """Is given each event of an answer, with the answer's number."""
 
@@ -357,7 +358,9 @@ def _resolve(context: RequestContext, identifier: str, operation: str) -> target
 
 
 def _models(context: RequestContext) -> dict[str, Any]:
-    """List what the caller may ask: base models, custom models, throughputs in service."""
+    """List what the caller may ask: base models, custom models, throughputs in service,
+    deployments and inference profiles.
+    """
     with context.services.engine.connect() as connection:
         return {"object": "list", "data": _entries(connection, context)}
 
@@ -383,7 +386,11 @@ def _entries(connection: Connection, context: RequestContext) -> list[dict[str, 
         for base in context.services.catalog.models
         if may_ask(foundation_model_arn(context.region, base.model_id))
     ]
-    listings: list[Listing] = [partial(throughputs.list_throughputs, status="InService")]
+    listings: list[Listing] = [
+        throughputs.list_throughputs,
+        deployments.list_deployments,
+        profiles.list_profiles,
+    ]
     if context.services.settings.invoke_custom_models:
         listings.insert(0, models.list_models)
     for listing in listings:
@@ -397,7 +404,7 @@ def _entries(connection: Connection, context: RequestContext) -> list[dict[str, 
             found += [
                 answers.model(item.arn, int(item.created_at.timestamp()), item.account)
                 for item in page.items
-                if may_ask(item.arn)
+                if getattr(item, "status", "Active") in ANSWERING and may_ask(item.arn)
             ]
             position = page.next
             if position is None:

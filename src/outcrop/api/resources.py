@@ -14,8 +14,9 @@ from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
 from outcrop.errors import ResourceNotFoundException
-from outcrop.store import jobs, models, throughputs
+from outcrop.store import deployments, jobs, models, profiles, throughputs
 from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, CustomModel, Job, ProvisionedModel
+from outcrop.store.rows_endpoints import Deployment, InferenceProfile
 
 
 class Resource(Protocol):
@@ -54,6 +55,12 @@ TASK: Kind[Job] = Kind("data-task", "data task", _get_task)
 CUSTOM_MODEL: Kind[CustomModel] = Kind("custom-model", "custom model", models.get_model)
 THROUGHPUT: Kind[ProvisionedModel] = Kind(
     "provisioned-model", "provisioned model throughput", throughputs.get_throughput
+)
+DEPLOYMENT: Kind[Deployment] = Kind(
+    "custom-model-deployment", "custom model deployment", deployments.get_deployment
+)
+PROFILE: Kind[InferenceProfile] = Kind(
+    "application-inference-profile", "application inference profile", profiles.get_profile
 )
 
 

@@ -185,6 +185,7 @@ async def _counted(
                     input_tokens=last.input_tokens if with_prompt else 0,
                     output_tokens=last.output_tokens,
                 ),
+                endpoint_arn=target.endpoint_arn,
             )
 
 

@@ -7,20 +7,36 @@ from typing import Any
 from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
-from outcrop.api.resources import CUSTOM_MODEL, JOB, THROUGHPUT, Kind, Resource, find
+from outcrop.api.resources import (
+    CUSTOM_MODEL,
+    DEPLOYMENT,
+    JOB,
+    PROFILE,
+    THROUGHPUT,
+    Kind,
+    Resource,
+    find,
+)
 from outcrop.errors import ResourceNotFoundException
 from outcrop.ids import parse_arn
 from outcrop.store import tags
 from outcrop.store.database import transaction
 
-KINDS: tuple[Kind[Resource], ...] = (JOB, CUSTOM_MODEL, THROUGHPUT)
+TAGGABLE: tuple[Kind[Resource], ...] = (
+    JOB,
+    CUSTOM_MODEL,
+    THROUGHPUT,
+    DEPLOYMENT,
+    PROFILE,
+)
+"""Every kind of resource that has tags. A kind that is added adds its line here."""
 
 
 def tag_resource(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Add or replace tags; at most 50 a resource."""
     with transaction(context.services.engine) as connection:
         arn = _find(connection, context, params["resourceARN"])
-        new = {tag["key"]: tag["value"] for tag in params["tags"]}
+        new = tags.checked_tags(arn, params["tags"])
         tags.put_tags(connection, context.account, context.region, arn, new)
     return {}
 
@@ -44,7 +60,7 @@ def list_tags_for_resource(context: RequestContext, params: dict[str, Any]) -> d
 def _find(connection: Connection, context: RequestContext, arn: str) -> str:
     """Return the resource's own ARN, once the caller may do the operation on it and it is there."""
     parsed = parse_arn(arn)
-    for kind in KINDS:
+    for kind in TAGGABLE:
         if parsed is not None and parsed.resource_type == kind.arn_type:
             return find(connection, context, kind, arn, context.operation).arn
     context.require(connection, f"bedrock:{context.operation}", arn)

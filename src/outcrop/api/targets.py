@@ -8,12 +8,15 @@ Source: botocore's bedrock-runtime model, InvokeModelIdentifier.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
+from outcrop.api.resources import CUSTOM_MODEL, DEPLOYMENT, PROFILE, THROUGHPUT, Kind, Resource
 from outcrop.errors import (
     ModelErrorException,
     ModelNotReadyException,
@@ -22,8 +25,11 @@ from outcrop.errors import (
 )
 from outcrop.ids import foundation_model_arn, parse_arn
 from outcrop.models.catalog import BaseModel
-from outcrop.store import models, throughputs
+from outcrop.store import models
 from outcrop.store.rows import CustomModel, ProvisionedModel
+from outcrop.store.rows_endpoints import Deployment, InferenceProfile
+
+T = TypeVar("T", bound=Resource)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,17 @@ class Target:
     """Of the base model or the custom model."""
     throughput: ProvisionedModel | None = None
     """By which it was asked; None is on demand."""
+    endpoint_arn: str = ""
+    """Of the deployment or the inference profile by which it was asked; empty where neither was."""
+
+
+@dataclass(frozen=True)
+class _Form(Generic[T]):
+    """A kind of resource by which a model can be asked."""
+
+    kind: Kind[T]
+    target: Callable[[Connection, RequestContext, T, str], Target]
+    """Takes a resource that the caller may use, and the operation."""
 
 
 def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
@@ -53,36 +70,26 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
             asked by this id.
         ModelNotReadyException: its throughput is still being created.
     """
-    account, region = context.account, context.region
+    region = context.region
     parsed = parse_arn(identifier)
-    kind = parsed.resource_type if parsed else None
-    model_id = identifier.rpartition("/")[2]
-    resource = identifier if parsed else foundation_model_arn(region, model_id)
-    throughput = custom = None
+    resource = identifier if parsed else foundation_model_arn(region, identifier)
     with context.services.engine.connect() as connection:
-        base = context.services.catalog.resolve(identifier, region=context.region)
-        if base is None:
-            # What it names is looked up first, because that is what the caller must be allowed.
-            throughput = throughputs.get_throughput(connection, account, region, identifier)
-            if throughput is None:
-                custom = models.get_model(connection, account, region, identifier)
-            found = throughput or custom
-            resource = found.arn if found else resource
-        context.require(connection, f"bedrock:{operation}", resource)
+        base = context.services.catalog.resolve(identifier, region=region)
         if base is not None:
-            arn = foundation_model_arn(region, base.model_id)
-            return Target(model_id, base, base.weights, None, model_arn=arn)
-        if throughput is not None:
-            return _provisioned(connection, context, throughput)
-    if custom is not None and context.services.settings.invoke_custom_models:
-        return _custom(context, custom)
-    if custom is not None:
-        raise ValidationException(
-            f"Invocation of the custom model {custom.name} with on-demand throughput isn't "
-            "supported here (invoke_custom_models is false). Create a provisioned model throughput "
-            "for it and invoke that one's ARN."
-        )
-    if kind in (None, "foundation-model"):
+            arn = foundation_model_arn(region, identifier.rpartition("/")[2])
+            context.require(connection, f"bedrock:{operation}", arn)
+            return _of_base(context, base)
+        for form in FORMS:
+            # An ARN says itself of which kind it is.
+            if parsed is not None and parsed.resource_type != form.kind.arn_type:
+                continue
+            # What it names is looked up first, because that is what the caller must be allowed.
+            found = form.kind.get(connection, context.account, region, identifier)
+            if found is not None:
+                context.require(connection, f"bedrock:{operation}", found.arn)
+                return form.target(connection, context, found, operation)
+        context.require(connection, f"bedrock:{operation}", resource)
+    if parsed is None or parsed.resource_type == "foundation-model":
         raise ValidationException(
             f"The provided model identifier is invalid: {identifier}. ListFoundationModels and "
             "ListProvisionedModelThroughputs list what can be invoked."
@@ -90,8 +97,26 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
     raise ResourceNotFoundException(f"Model not found: {identifier}.")
 
 
-def _custom(context: RequestContext, custom: CustomModel) -> Target:
-    """Return what a custom model's own id stands for: the same as with a throughput."""
+def weights_of(context: RequestContext, custom: CustomModel) -> str:
+    """Return the key of the base weights that a custom model is served on.
+
+    Raises:
+        ValidationException: its base model is not in the catalogue any more.
+    """
+    if context.services.catalog.resolve(custom.base_model_id) is None:
+        raise ValidationException(
+            f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue "
+            "any more. Add it again with `outcrop models add`."
+        )
+    return str(custom.spec["weights"])
+
+
+def _of_base(context: RequestContext, base: BaseModel) -> Target:
+    arn = foundation_model_arn(context.region, base.model_id)
+    return Target(base.model_id, base, base.weights, None, model_arn=arn)
+
+
+def _of_custom(context: RequestContext, custom: CustomModel) -> Target:
     base = context.services.catalog.resolve(custom.base_model_id)
     if base is None:
         raise ModelErrorException(
@@ -99,13 +124,25 @@ def _custom(context: RequestContext, custom: CustomModel) -> Target:
         )
     artifact = context.services.settings.data_dir / custom.artifact_path
     return Target(
-        *(custom.arn, base, custom.spec["weights"], artifact, custom.artifact_digest),
+        *(custom.arn, base, str(custom.spec["weights"]), artifact, custom.artifact_digest),
         model_arn=custom.arn,
     )
 
 
+def _custom(
+    connection: Connection, context: RequestContext, custom: CustomModel, operation: str
+) -> Target:
+    if context.services.settings.invoke_custom_models:
+        return _of_custom(context, custom)
+    raise ValidationException(
+        f"Invocation of the custom model {custom.name} with on-demand throughput isn't "
+        "supported here (invoke_custom_models is false). Create a custom model deployment or a "
+        "provisioned model throughput for it and invoke that one's ARN."
+    )
+
+
 def _provisioned(
-    connection: Connection, context: RequestContext, throughput: ProvisionedModel
+    connection: Connection, context: RequestContext, throughput: ProvisionedModel, operation: str
 ) -> Target:
     if throughput.status == "Creating":
         raise ModelNotReadyException(
@@ -116,17 +153,66 @@ def _provisioned(
         raise ValidationException(
             f"The provisioned throughput {throughput.name} has failed: {throughput.failure_message}"
         )
-    catalog = context.services.catalog
-    custom = models.get_model(connection, context.account, context.region, throughput.model_arn)
-    base = catalog.resolve(custom.base_model_id if custom else throughput.model_arn)
-    if base is None:
-        raise ModelErrorException(
-            f"The base model of {throughput.name} is not in the catalogue any more."
-        )
-    artifact = context.services.settings.data_dir / custom.artifact_path if custom else None
-    digest = custom.artifact_digest if custom else None
-    return Target(
-        *(throughput.arn, base, throughput.weights, artifact, digest),
+    account, region = context.account, context.region
+    custom = models.get_model(connection, account, region, throughput.model_arn)
+    if custom is not None:
+        target = _of_custom(context, custom)
+    else:
+        base = context.services.catalog.resolve(throughput.model_arn)
+        if base is None:
+            raise ModelErrorException(
+                f"The base model of {throughput.name} is not in the catalogue any more."
+            )
+        target = _of_base(context, base)
+    return replace(
+        target,
+        model_id=throughput.arn,
+        weights=throughput.weights,
         model_arn=throughput.model_arn,
         throughput=throughput,
     )
+
+
+def _deployed(
+    connection: Connection, context: RequestContext, deployment: Deployment, operation: str
+) -> Target:
+    """One that is still being created answers too: the request waits for the model server."""
+    if deployment.status == "Failed":
+        raise ValidationException(
+            f"The custom model deployment {deployment.name} has failed: "
+            f"{deployment.failure_message} Delete it and create another."
+        )
+    account, region = context.account, context.region
+    custom = models.get_model(connection, account, region, deployment.model_arn)
+    if custom is None:  # both were deleted since the look at the deployment
+        raise ResourceNotFoundException(f"Model not found: {deployment.arn}.")
+    return replace(
+        _of_custom(context, custom), model_id=deployment.arn, endpoint_arn=deployment.arn
+    )
+
+
+def _profiled(
+    connection: Connection, context: RequestContext, profile: InferenceProfile, operation: str
+) -> Target:
+    """Source: Bedrock User Guide, "Prerequisites for inference profiles": the caller must be
+    allowed the model, too.
+    """
+    base = context.services.catalog.resolve(profile.model_arn, region=context.region)
+    if base is None:
+        raise ModelErrorException(
+            f"The base model of {profile.name} is not in the catalogue any more: "
+            f"{profile.model_arn}."
+        )
+    context.require(connection, f"bedrock:{operation}", profile.model_arn)
+    return replace(_of_base(context, base), model_id=profile.arn, endpoint_arn=profile.arn)
+
+
+FORMS: tuple[_Form[Any], ...] = (
+    _Form(THROUGHPUT, _provisioned),
+    _Form(CUSTOM_MODEL, _custom),
+    _Form(DEPLOYMENT, _deployed),
+    _Form(PROFILE, _profiled),
+)
+"""The kinds of resources by which a model can be asked, besides base models. A name that several
+kinds have stands for the first of them here.
+"""

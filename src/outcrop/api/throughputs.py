@@ -1,12 +1,13 @@
-"""Operations on provisioned throughput: create, get, list, delete.
+"""Operations on provisioned throughput: create, get, list, update, delete.
 
 A throughput is Creating until the supervisor has its model server up; from then on it is
-InService, also while its server is unloaded for want of requests.
+InService, also while its server is unloaded for want of requests. One that moves to another model
+is Updating until that one's server is up, and the model that it has answers until then.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection
@@ -14,6 +15,7 @@ from sqlalchemy import Connection
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import THROUGHPUT, find, model_arn
+from outcrop.api.targets import weights_of
 from outcrop.errors import ConflictException, ResourceNotFoundException, ValidationException
 from outcrop.ids import foundation_model_arn, new_id, provisioned_model_arn
 from outcrop.store import models, servers, tags, throughputs
@@ -21,13 +23,10 @@ from outcrop.store.database import lock_account, transaction
 from outcrop.store.rows import NewProvisionedModel, ProvisionedModel
 from outcrop.store.tokens import find_replay, request_token
 
-COMMITMENT_DAYS = {"OneMonth": 30, "SixMonths": 180}
-
 
 def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Reserve throughput for a custom model or a base model."""
     settings = context.services.settings
-    tag_list = {tag["key"]: tag["value"] for tag in params.get("tags", ())}
     throughput_id = new_id()
     arn = provisioned_model_arn(context.region, context.account, throughput_id)
     with transaction(context.services.engine) as connection:
@@ -42,8 +41,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         if replayed is not None:
             return {"provisionedModelArn": _made_before(connection, context, replayed).arn}
         served_arn, root_arn, weights = _model(connection, context, params["modelId"])
-        tags.check_tag_count(arn, tag_list)
-        commitment = params.get("commitmentDuration")
+        tag_list = tags.checked_tags(arn, params.get("tags", ()))
         throughput = throughputs.create_throughput(
             connection,
             NewProvisionedModel(
@@ -55,12 +53,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
                 model_arn=served_arn,
                 foundation_model_arn=root_arn,
                 model_units=params["modelUnits"],
-                commitment=commitment,
-                commitment_expires_at=(
-                    datetime.now(UTC) + timedelta(days=COMMITMENT_DAYS[commitment])
-                    if commitment
-                    else None
-                ),
+                commitment=params.get("commitmentDuration"),
                 weights=weights,
             ),
             token=token,
@@ -110,6 +103,39 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def update(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
+    """Rename a throughput, or move one of a custom model to its base or to another custom model of
+    that base. Units stay. Nothing that was asked is dropped.
+
+    Raises:
+        ValidationException: it is not InService, the name is taken, or the model is not one that it
+            may move to.
+    """
+    name, desired = params.get("desiredProvisionedModelName"), params.get("desiredModelId")
+    with transaction(context.services.engine) as connection:
+        # First, so that neither it nor the model changes or goes until this has ended.
+        lock_account(connection, context.account, context.region)
+        found = find(
+            *(connection, context, THROUGHPUT, params["provisionedModelId"]),
+            "UpdateProvisionedModelThroughput",
+        )
+        if name is None and desired is None:
+            raise ValidationException(
+                "Nothing is to be updated: give desiredProvisionedModelName, desiredModelId or "
+                "both."
+            )
+        throughputs.check_in_service(found)
+        if name is not None:
+            throughputs.rename_throughput(connection, found, name)
+        if desired is not None:
+            arn, root_arn, weights = _model(connection, context, desired)
+            _check_move(found, arn, root_arn)
+            if arn != found.model_arn:
+                throughputs.desire_model(connection, found, arn, weights)
+                servers.want(connection, weights)
+    return {}
+
+
 def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     """Give a throughput back; the model behind it stays. A commitment holds to its end."""
     with transaction(context.services.engine) as connection:
@@ -136,21 +162,28 @@ def _made_before(
     return found
 
 
+def _check_move(found: ProvisionedModel, arn: str, root_arn: str) -> None:
+    """Source: botocore's bedrock model, UpdateProvisionedModelThroughputRequest.desiredModelId."""
+    if found.model_arn == found.foundation_model_arn:
+        raise ValidationException(
+            f"The provisioned throughput {found.name} is associated with the base model "
+            f"{found.model_arn}, so its model cannot be changed. Create another throughput."
+        )
+    if root_arn != found.foundation_model_arn:
+        raise ValidationException(
+            f"The provisioned throughput {found.name} can move to {found.foundation_model_arn} or "
+            f"to another custom model of that base; {arn} is of the base {root_arn}."
+        )
+
+
 def _model(
     connection: Connection, context: RequestContext, identifier: str
 ) -> tuple[str, str, str]:
     """Return the ARN to serve, its root base model's ARN, and the key of the base weights."""
-    catalog = context.services.catalog
     custom = models.get_model(connection, context.account, context.region, identifier)
     if custom is not None:
-        base = catalog.resolve(custom.base_model_id)
-        if base is None:
-            raise ValidationException(
-                f"The base model {custom.base_model_id} of {custom.name} is not in the catalogue "
-                "any more. Add it again with `outcrop models add`."
-            )
-        return custom.arn, custom.foundation_model_arn, custom.spec["weights"]
-    base = catalog.resolve(identifier, region=context.region)
+        return custom.arn, custom.foundation_model_arn, weights_of(context, custom)
+    base = context.services.catalog.resolve(identifier, region=context.region)
     if base is not None:
         arn = foundation_model_arn(context.region, base.customization_id)
         return arn, arn, base.weights
@@ -170,7 +203,7 @@ def _summarize(item: ProvisionedModel) -> dict[str, Any]:
         "desiredModelUnits": item.desired_model_units,
         "status": item.status,
         "commitmentDuration": item.commitment,
-        "commitmentExpirationTime": item.commitment_expires_at,
+        "commitmentExpirationTime": throughputs.current_term_end(item, datetime.now(UTC)),
         "creationTime": item.created_at,
         "lastModifiedTime": item.last_modified_at,
     }

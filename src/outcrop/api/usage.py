@@ -42,10 +42,17 @@ class UsageMeter:
         model_arn: str,
         throughput_arn: str,
         added: TokenUsage,
+        *,
+        endpoint_arn: str = "",
     ) -> None:
-        """Count an answer that ended now."""
+        """Count an answer that ended now.
+
+        Args:
+            throughput_arn: of the provisioned throughput that was asked, else empty.
+            endpoint_arn: of the deployment or inference profile that was asked, else empty.
+        """
         hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-        key = UsageKey(account, region, model_arn, throughput_arn, hour)
+        key = UsageKey(account, region, model_arn, throughput_arn, hour, endpoint_arn)
         with self._lock:
             self._add(key, added)
 

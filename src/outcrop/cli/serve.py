@@ -29,7 +29,7 @@ from outcrop.processes.spawn import READY_LINE, ChildSpec
 from outcrop.processes.supervise import ChildState, ChildStatus, Supervisor, describe_exit
 from outcrop.serve.vllm_library import check_engine_setting
 from outcrop.settings import Settings, child_environment
-from outcrop.store import jobs, servers, throughputs
+from outcrop.store import jobs, readiness, servers
 from outcrop.store.database import connect, migrate, transaction
 from outcrop.store.lock import lock_data_dir
 from outcrop.store.rows import ModelServer
@@ -141,9 +141,9 @@ class _Service:
     def _look(self) -> None:
         with self.engine.connect() as connection:
             rows = servers.list_servers(connection)
-            waiting = throughputs.weights_being_created(connection)
+            waiting = readiness.awaited_weights(connection)
         for key in waiting:
-            self._serve_throughputs(key, next((row for row in rows if row.key == key), None))
+            self._serve_awaited(key, next((row for row in rows if row.key == key), None))
         for row in rows:
             self._reconcile(row)
         if time.monotonic() >= self._clean_at:
@@ -168,7 +168,7 @@ class _Service:
             assert status.pid is not None
             with transaction(self.engine) as connection:
                 servers.mark_ready(connection, row.key, status.pid)
-                throughputs.mark_in_service(connection, row.key)
+                readiness.weights_are_served(connection, row.key)
             self._failed_starts.pop(row.key, None)
         elif row.state in ("starting", "ready") and state is ChildState.ENDED:
             self._server_ended(row, status)
@@ -195,15 +195,15 @@ class _Service:
             else:
                 how = describe_exit(exit_code) if exit_code else "no trace"
                 servers.mark_failed(connection, row.key, f"it ended with {how}")
-                throughputs.mark_failed(connection, row.key, "The model server did not start.")
+                readiness.weights_failed(connection, row.key, "The model server did not start.")
                 del self._failed_starts[row.key]
         self.supervisor.remove(_server_name(row.key))
 
-    def _serve_throughputs(self, key: str, row: ModelServer | None) -> None:
-        """Put waiting throughputs into service where their server is up, else ask for it."""
+    def _serve_awaited(self, key: str, row: ModelServer | None) -> None:
+        """End the wait of throughputs and deployments whose server is up, else ask for it."""
         with transaction(self.engine) as connection:
             if row is not None and row.state == "ready":
-                throughputs.mark_in_service(connection, key)
+                readiness.weights_are_served(connection, key)
             elif row is None:
                 servers.want(connection, key)
 

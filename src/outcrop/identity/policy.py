@@ -167,29 +167,39 @@ def _piece(text: str) -> re.Pattern[str]:
     return re.compile(re.escape(text).replace(r"\?", "."), re.DOTALL)
 
 
-def _parse(document: str, *, trust: bool) -> Policy:
-    if len(document) > MAX_POLICY_CHARACTERS:
-        raise _malformed(
-            f"the document has {len(document)} characters; {MAX_POLICY_CHARACTERS} are allowed"
+def read_statements(document: str, max_characters: int = MAX_POLICY_CHARACTERS) -> list[object]:
+    """Return the statements of a document, which are not looked into.
+
+    Raises:
+        ValidationException: code MalformedPolicyDocument; it is too long, or no policy document.
+    """
+    if len(document) > max_characters:
+        raise malformed(
+            f"the document has {len(document)} characters; {max_characters} are allowed"
         )
     try:
         policy = json.loads(document, object_pairs_hook=_object)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise _malformed(f"the document is not JSON: {error}") from error
+        raise malformed(f"the document is not JSON: {error}") from error
     if not isinstance(policy, dict):
-        raise _malformed("the document must be a JSON object")
-    _refuse_unknown(policy, _POLICY_ELEMENTS, "the policy")
+        raise malformed("the document must be a JSON object")
+    refuse_unknown(policy, _POLICY_ELEMENTS, "the policy")
     # IAM reads an absent version as the older one. Only policy variables tell the two apart, and
     # those are refused in both.
     if policy.get("Version", VERSIONS[1]) not in VERSIONS:
-        raise _malformed(f"Version must be one of {', '.join(VERSIONS)}")
+        raise malformed(f"Version must be one of {', '.join(VERSIONS)}")
     if not isinstance(policy.get("Id", ""), str):
-        raise _malformed("Id must be a string")
+        raise malformed("Id must be a string")
     statements = policy.get("Statement")
     if isinstance(statements, dict):
         statements = [statements]
     if not isinstance(statements, list) or not statements:
-        raise _malformed("Statement must be an object or a list of at least one")
+        raise malformed("Statement must be an object or a list of at least one")
+    return statements
+
+
+def _parse(document: str, *, trust: bool) -> Policy:
+    statements = read_statements(document)
     return tuple(
         _statement(statement, f"Statement[{index}]", trust=trust)
         for index, statement in enumerate(statements)
@@ -200,29 +210,29 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise _malformed(f"{name} stands twice in one object")
+            raise malformed(f"{name} stands twice in one object")
         found[name] = value
     return found
 
 
 def _statement(statement: object, place: str, *, trust: bool) -> Statement:
     if not isinstance(statement, dict):
-        raise _malformed(f"{place} must be an object")
-    _refuse_unknown(statement, _STATEMENT_ELEMENTS, place)
+        raise malformed(f"{place} must be an object")
+    refuse_unknown(statement, _STATEMENT_ELEMENTS, place)
     if not isinstance(statement.get("Sid", ""), str):
-        raise _malformed(f"{place}.Sid must be a string")
+        raise malformed(f"{place}.Sid must be a string")
     effect = statement.get("Effect")
     if effect not in ("Allow", "Deny"):
-        raise _malformed(f"{place}.Effect must be Allow or Deny")
-    actions = _matcher(statement, "Action", place, _check_action, lower=True)
+        raise malformed(f"{place}.Effect must be Allow or Deny")
+    actions = _matcher(statement, "Action", place, check_action, lower=True)
     if trust:
         for element in ("Resource", "NotResource"):
             if element in statement:
-                raise _malformed(f"{place}.{element} has no place in a trust policy")
+                raise malformed(f"{place}.{element} has no place in a trust policy")
         return Statement(effect == "Allow", actions, lambda text: True, _services(statement, place))
     if "Principal" in statement:
-        raise _malformed(f"{place}.Principal has no place in a policy of a user or a role")
-    resources = _matcher(statement, "Resource", place, _check_resource, lower=False)
+        raise malformed(f"{place}.Principal has no place in a policy of a user or a role")
+    resources = _matcher(statement, "Resource", place, check_resource, lower=False)
     return Statement(effect == "Allow", actions, resources, frozenset())
 
 
@@ -237,9 +247,9 @@ def _matcher(
     """Compile Action or NotAction (or the like), of which exactly one must be there."""
     negated = "Not" + element
     if (element in statement) == (negated in statement):
-        raise _malformed(f"{place} must have either {element} or {negated}")
+        raise malformed(f"{place} must have either {element} or {negated}")
     name = element if element in statement else negated
-    patterns = _strings(statement[name], f"{place}.{name}")
+    patterns = strings(statement[name], f"{place}.{name}")
     for pattern in patterns:
         check(pattern, f"{place}.{name}")
     compiled = [compile_pattern(text.lower() if lower else text) for text in patterns]
@@ -250,18 +260,28 @@ def _matcher(
     return lambda text: any(matches(text) for matches in compiled)
 
 
-def _check_action(pattern: str, place: str) -> None:
+def check_action(pattern: str, place: str) -> None:
+    """Refuse what names no action.
+
+    Raises:
+        ValidationException: the pattern is neither "*" nor `service:Action`.
+    """
     if pattern != "*" and not _ACTION.fullmatch(pattern):
-        raise _malformed(
+        raise malformed(
             f'{place}: {pattern!r} must be "*" or `service:Action`; the action may hold * and ?'
         )
 
 
-def _check_resource(pattern: str, place: str) -> None:
+def check_resource(pattern: str, place: str) -> None:
+    """Refuse what names no resource.
+
+    Raises:
+        ValidationException: the pattern is neither "*" nor an ARN, or holds a policy variable.
+    """
     if "${" in pattern:
-        raise _malformed(f"{place}: {pattern!r} holds a policy variable, which is not supported")
+        raise malformed(f"{place}: {pattern!r} holds a policy variable, which is not supported")
     if pattern != "*" and not pattern.startswith("arn:"):
-        raise _malformed(f'{place}: {pattern!r} must be in ARN format or "*"')
+        raise malformed(f'{place}: {pattern!r} must be in ARN format or "*"')
 
 
 def _services(statement: dict[str, object], place: str) -> frozenset[str]:
@@ -269,34 +289,45 @@ def _services(statement: dict[str, object], place: str) -> frozenset[str]:
     if principal == "*":
         return frozenset({"*"})
     if not isinstance(principal, dict) or set(principal) != {"Service"}:
-        raise _malformed(
+        raise malformed(
             f'{place}.Principal must be {{"Service": ...}}; other principals are not supported'
         )
-    names = _strings(principal["Service"], f"{place}.Principal.Service")
+    names = strings(principal["Service"], f"{place}.Principal.Service")
     for name in names:
         if not _SERVICE_PRINCIPAL.fullmatch(name):
-            raise _malformed(
+            raise malformed(
                 f"{place}.Principal.Service: {name!r} is not the name of a service, "
                 "such as bedrock.amazonaws.com"
             )
     return frozenset(names)
 
 
-def _strings(value: object, place: str) -> list[str]:
+def strings(value: object, place: str) -> list[str]:
+    """Return an element that is a string or a list of strings as a list.
+
+    Raises:
+        ValidationException: it is neither, or has an empty string.
+    """
     values = value if isinstance(value, list) else [value]
     strings = [item for item in values if isinstance(item, str) and item]
     if not values or len(strings) != len(values):
-        raise _malformed(f"{place} must be a string or a list of strings, none of them empty")
+        raise malformed(f"{place} must be a string or a list of strings, none of them empty")
     return strings
 
 
-def _refuse_unknown(found: dict[str, object], known: frozenset[str], place: str) -> None:
+def refuse_unknown(found: dict[str, object], known: frozenset[str], place: str) -> None:
+    """Refuse an object with an element that is not known.
+
+    Raises:
+        ValidationException: names the first.
+    """
     for element in found:
         if element not in known:
-            raise _malformed(f"{place} holds {element}, which is not supported")
+            raise malformed(f"{place} holds {element}, which is not supported")
 
 
-def _malformed(reason: str) -> ValidationException:
+def malformed(reason: str) -> ValidationException:
+    """Return the error for a document that cannot be used."""
     return ValidationException(
         f"The policy document is malformed: {reason}.", code="MalformedPolicyDocument"
     )

@@ -13,9 +13,10 @@ from sqlalchemy import Connection
 
 from outcrop.errors import ConflictException
 from outcrop.ids import parse_arn
-from outcrop.store import tables
+from outcrop.store import deployments, tables
 from outcrop.store.database import lock_account
 from outcrop.store.listing import Listing, list_page
+from outcrop.store.policies import remove_policy
 from outcrop.store.rows import CustomModel, NewCustomModel, Page, from_row
 from outcrop.store.tags import put_tags, remove_tags
 
@@ -99,7 +100,7 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
     """Delete a model and its tags.
 
     Raises:
-        ConflictException: provisioned throughputs use it; the message names them.
+        ConflictException: provisioned throughputs or deployments use it; the message names them.
     """
     lock_account(connection, model.account, model.region)
     columns = tables.throughput.c
@@ -114,5 +115,12 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
             f"The custom model {model.name} is in use by provisioned throughput: "
             f"{', '.join(names)}. Delete that first."
         )
+    names = deployments.names_of_users(connection, model.account, model.region, model.arn)
+    if names:
+        raise ConflictException(
+            f"The custom model {model.name} is in use by custom model deployment: "
+            f"{', '.join(names)}. Delete that first."
+        )
     connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == model.id))
     remove_tags(connection, model.account, model.region, model.arn)
+    remove_policy(connection, model.account, model.region, model.arn)

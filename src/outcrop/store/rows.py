@@ -206,7 +206,9 @@ class NewProvisionedModel:
     foundation_model_arn: str
     model_units: int
     commitment: str | None = None
+    """OneMonth, SixMonths or None."""
     commitment_expires_at: datetime | None = None
+    """End of the first term; None has it follow from the commitment."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,11 @@ class ProvisionedModel:
     name: str
     weights: str
     model_arn: str
+    """Of the model that answers."""
     desired_model_arn: str
+    """Another one while it is Updating."""
+    desired_weights: str
+    """Key of the base weights of that one."""
     foundation_model_arn: str
     model_units: int
     desired_model_units: int
@@ -228,6 +234,7 @@ class ProvisionedModel:
     """Creating, InService, Updating or Failed."""
     commitment: str | None
     commitment_expires_at: datetime | None
+    """End of its first term, until which it cannot be deleted."""
     failure_message: str | None
     created_at: datetime
     last_modified_at: datetime
@@ -258,6 +265,8 @@ class UsageKey:
     """Of the provisioned throughput that was asked; empty on demand."""
     hour: datetime
     """Its beginning, in UTC."""
+    endpoint_arn: str = ""
+    """Of the deployment or the inference profile that was asked; empty where neither was."""
 
 
 @dataclass(frozen=True)

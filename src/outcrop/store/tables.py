@@ -265,9 +265,56 @@ throughput = sa.Table(
     sa.Column("failure_message", sa.Text),
     _required("created_at", Instant),
     _required("last_modified_at", Instant),
+    _required("desired_weights", sa.String(128), server_default=""),
     sa.UniqueConstraint("account", "region", "name"),
     sa.UniqueConstraint("account", "region", "arn"),
     sa.Index("throughput_list", "account", "region", "created_at", "id"),
+)
+
+deployment = sa.Table(
+    "deployment",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    *_scope(),
+    _required("arn", sa.String(1011)),
+    _required("name", sa.String(63)),
+    sa.Column("description", sa.Text),
+    _required("weights", sa.String(128)),
+    _required("model_arn", sa.String(1011)),
+    _required("status", sa.String(16)),
+    sa.Column("failure_message", sa.Text),
+    # The last update: null where there was none.
+    sa.Column("update_status", sa.String(16)),
+    sa.Column("update_model_arn", sa.String(1011)),
+    sa.Column("update_weights", sa.String(128)),
+    _required("created_at", Instant),
+    _required("last_updated_at", Instant),
+    sa.UniqueConstraint("account", "region", "name"),
+    sa.UniqueConstraint("account", "region", "arn"),
+    sa.Index("deployment_list", "account", "region", "created_at", "id"),
+)
+
+inference_profile = sa.Table(
+    "inference_profile",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    *_scope(),
+    _required("arn", sa.String(1011)),
+    _required("name", sa.String(64)),
+    sa.Column("description", sa.Text),
+    _required("model_arn", sa.String(1011)),
+    _required("created_at", Instant),
+    sa.UniqueConstraint("account", "region", "arn"),
+    sa.Index("inference_profile_list", "account", "region", "created_at", "id"),
+)
+
+resource_policy = sa.Table(
+    "resource_policy",
+    metadata,
+    *_scope(),
+    _required("resource_arn", sa.String(1011)),
+    _required("document", sa.Text),
+    sa.PrimaryKeyConstraint("account", "region", "resource_arn"),
 )
 
 tag = sa.Table(
@@ -317,5 +364,9 @@ token_usage = sa.Table(
     _required("requests", sa.BigInteger),
     _required("input_tokens", sa.BigInteger),
     _required("output_tokens", sa.BigInteger),
-    sa.PrimaryKeyConstraint("account", "region", "hour", "model_arn", "throughput_arn"),
+    # Of the deployment or inference profile that was asked, else empty.
+    _required("endpoint_arn", sa.String(1011), server_default=""),
+    sa.PrimaryKeyConstraint(
+        "account", "region", "hour", "model_arn", "throughput_arn", "endpoint_arn"
+    ),
 )

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from outcrop.errors import TooManyTagsException
+from outcrop.errors import TooManyTagsException, ValidationException
 from outcrop.store import tables
 from outcrop.store.database import lock_account
 
 MAX_TAGS = 50
 """Source: the service model's TooManyTagsException; existing and requested tags count together."""
+
+
+RESERVED_PREFIX = "aws:"
+"""In upper or lower case. Source: AWS General Reference, "Tag naming limits and requirements"."""
+
+
+def checked_tags(resource: str, tags: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return a request's tags by key. Lengths and characters were checked by the service model.
+
+    Args:
+        resource: ARN or name of what is tagged, for the error.
+    Raises:
+        ValidationException: a key is reserved, or stands twice.
+        TooManyTagsException: there are more than 50.
+    """
+    found: dict[str, str] = {}
+    for tag in tags:
+        key = tag["key"]
+        if key.lower().startswith(RESERVED_PREFIX):
+            raise ValidationException(
+                f"The tag key {key} is reserved: keys must not begin with {RESERVED_PREFIX}, in "
+                "upper or lower case."
+            )
+        if key in found:
+            raise ValidationException(
+                f"The tag key {key} stands twice in the request. A resource has one value for each "
+                "key."
+            )
+        found[key] = tag["value"]
+    check_tag_count(resource, found)
+    return found
 
 
 def check_tag_count(resource: str, tags: Collection[object]) -> None:

@@ -1,9 +1,12 @@
-"""Provisioned throughputs: created within their quota, in service once their model server is up."""
+"""Provisioned throughputs: created within their quota, in service once their model server is up,
+moved to another model once that one's is.
+"""
 
 from __future__ import annotations
 
+import calendar
 from datetime import UTC, datetime
-from typing import Unpack
+from typing import Any, Unpack
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -16,11 +19,15 @@ from outcrop.errors import (
 from outcrop.store import tables, tokens
 from outcrop.store.database import lock_account, lock_machine
 from outcrop.store.listing import Listing, list_page
+from outcrop.store.policies import remove_policy
 from outcrop.store.rows import NewProvisionedModel, Page, ProvisionedModel, from_row
 from outcrop.store.tags import remove_tags
 from outcrop.store.tokens import RequestToken
 
 _TABLE = tables.throughput
+
+COMMITMENT_MONTHS = {"OneMonth": 1, "SixMonths": 6}
+UPDATE_FAILED = "The model server of the desired model did not start."
 
 
 def create_throughput(
@@ -31,10 +38,12 @@ def create_throughput(
     max_throughputs: int,
     max_model_units: int,
     machine_model_units: int,
+    now: datetime | None = None,
 ) -> ProvisionedModel:
     """Create a throughput; a request that was seen before returns what it made then.
 
     Args:
+        now: when its term begins; None is now.
         max_throughputs: throughputs without commitment that an account may have.
         max_model_units: units that one may have.
         machine_model_units: units that those of all accounts may have together.
@@ -72,11 +81,15 @@ def create_throughput(
                 "max_provisioned_models."
             )
     _check_units(connection, new.model_units, machine_model_units)
-    now = datetime.now(UTC)
+    now = now or datetime.now(UTC)
+    values = vars(new)
+    if new.commitment is not None and new.commitment_expires_at is None:
+        values = {**values, "commitment_expires_at": term_end(now, new.commitment, 1)}
     connection.execute(
         sa.insert(_TABLE).values(
-            **vars(new),
+            **values,
             desired_model_arn=new.model_arn,
+            desired_weights=new.weights,
             desired_model_units=new.model_units,
             status="Creating",
             created_at=now,
@@ -132,27 +145,91 @@ def list_throughputs(
     return list_page(connection, _TABLE, ProvisionedModel, account, region, conditions, **listing)
 
 
-def weights_being_created(connection: Connection) -> set[str]:
+def awaited_weights(connection: Connection) -> set[str]:
     """Return the keys of base weights that throughputs of any account wait for."""
-    query = sa.select(_TABLE.c.weights).where(_TABLE.c.status == "Creating")
-    return set(connection.execute(query).scalars())
+    waiting = _TABLE.c.status.in_(("Creating", "Updating"))
+    return set(connection.execute(sa.select(_TABLE.c.desired_weights).where(waiting)).scalars())
 
 
 def mark_in_service(connection: Connection, weights: str) -> int:
-    """Put the throughputs that wait for these weights into service; returns how many."""
-    return _end_creation(connection, weights, status="InService")
+    """Put the throughputs that wait for these weights into service, with the model that was
+    desired; returns how many.
+    """
+    values: dict[str, Any] = {"status": "InService", "failure_message": None}
+    return _move(connection, weights, "Creating", **values) + _move(
+        *(connection, weights, "Updating"),
+        **values,
+        model_arn=_TABLE.c.desired_model_arn,
+        weights=_TABLE.c.desired_weights,
+    )
 
 
 def mark_failed(connection: Connection, weights: str, message: str) -> int:
-    """Fail the throughputs that wait for these weights; returns how many."""
-    return _end_creation(connection, weights, status="Failed", failure_message=message)
+    """Fail the throughputs that wait for these weights; returns how many.
+
+    One that was to change its model stays in service with the one it has.
+    """
+    return _move(connection, weights, "Creating", status="Failed", failure_message=message) + _move(
+        *(connection, weights, "Updating"),
+        status="InService",
+        failure_message=UPDATE_FAILED,
+        desired_model_arn=_TABLE.c.model_arn,
+        desired_weights=_TABLE.c.weights,
+    )
+
+
+def check_in_service(found: ProvisionedModel) -> None:
+    """Refuse to update a throughput that is created, updated or has failed.
+
+    Raises:
+        ValidationException: Source: the operation's modelled errors have no ConflictException.
+    """
+    if found.status != "InService":
+        raise ValidationException(
+            f"The provisioned throughput {found.name} is {found.status} and cannot be updated. "
+            "That can be done when it is InService."
+        )
+
+
+def rename_throughput(connection: Connection, found: ProvisionedModel, name: str) -> None:
+    """Give a throughput that is in service another name. The caller read it under `lock_account`.
+
+    Raises:
+        ValidationException: the name is taken, or the throughput is not in service.
+    """
+    taken = sa.select(_TABLE.c.id).where(
+        *(_TABLE.c.account == found.account, _TABLE.c.region == found.region),
+        *(_TABLE.c.name == name, _TABLE.c.id != found.id),
+    )
+    if connection.execute(taken).first():
+        raise ValidationException("The provided provisioned model name is currently in use.")
+    _change(connection, found, name=name)
+
+
+def desire_model(
+    connection: Connection, found: ProvisionedModel, model_arn: str, weights: str
+) -> None:
+    """Have a throughput that is in service move to another model: it is Updating until the model
+    server of `weights` is up, and the model that it has answers until then. The caller read it
+    under `lock_account`.
+
+    Raises:
+        ValidationException: the throughput is not in service.
+    """
+    _change(
+        *(connection, found),
+        status="Updating",
+        desired_model_arn=model_arn,
+        desired_weights=weights,
+        failure_message=None,
+    )
 
 
 def delete_throughput(connection: Connection, found: ProvisionedModel, *, now: datetime) -> None:
-    """Delete a throughput and its tags.
+    """Delete a throughput, its tags and its policy.
 
     Raises:
-        ConflictException: its commitment has not ended.
+        ConflictException: the first term of its commitment has not ended, or it is Updating.
     """
     expires = found.commitment_expires_at
     if expires is not None and expires > now:
@@ -160,8 +237,37 @@ def delete_throughput(connection: Connection, found: ProvisionedModel, *, now: d
             f"The provisioned throughput {found.name} has a commitment of {found.commitment} until "
             f"{expires:%Y-%m-%dT%H:%M:%SZ} and cannot be deleted before."
         )
-    connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == found.id))
+    query = sa.delete(_TABLE).where(_TABLE.c.id == found.id, _TABLE.c.status != "Updating")
+    if connection.execute(query).rowcount == 0:
+        raise ConflictException(
+            f"The provisioned throughput {found.name} is Updating and cannot be deleted. Try again "
+            "when it is InService."
+        )
     remove_tags(connection, found.account, found.region, found.arn)
+    remove_policy(connection, found.account, found.region, found.arn)
+
+
+def term_end(start: datetime, commitment: str, number: int) -> datetime:
+    """Return when the given term of a commitment ends, 1 for the first: the same day and time of a
+    later month in UTC, or that month's last day where it has no such day.
+    """
+    start = start.astimezone(UTC)
+    years, month = divmod(start.month - 1 + number * COMMITMENT_MONTHS[commitment], 12)
+    year = start.year + years
+    day = min(start.day, calendar.monthrange(year, month + 1)[1])
+    return start.replace(year=year, month=month + 1, day=day)
+
+
+def current_term_end(found: ProvisionedModel, now: datetime) -> datetime | None:
+    """Return when the running term of a commitment ends; terms follow one another until the
+    throughput is deleted. None where there is no commitment.
+    """
+    ends = found.commitment_expires_at
+    number = 1
+    while ends is not None and found.commitment is not None and ends <= now:
+        number += 1
+        ends = term_end(found.created_at, found.commitment, number)
+    return ends
 
 
 def _by_id(connection: Connection, throughput_id: str) -> ProvisionedModel | None:
@@ -169,6 +275,14 @@ def _by_id(connection: Connection, throughput_id: str) -> ProvisionedModel | Non
     return None if row is None else from_row(ProvisionedModel, row)
 
 
-def _end_creation(connection: Connection, weights: str, **values: object) -> int:
-    query = sa.update(_TABLE).where(_TABLE.c.weights == weights, _TABLE.c.status == "Creating")
+def _move(connection: Connection, awaited: str, from_status: str, **values: Any) -> int:
+    query = sa.update(_TABLE).where(
+        _TABLE.c.desired_weights == awaited, _TABLE.c.status == from_status
+    )
     return connection.execute(query.values(last_modified_at=datetime.now(UTC), **values)).rowcount
+
+
+def _change(connection: Connection, found: ProvisionedModel, **values: object) -> None:
+    check_in_service(found)
+    query = sa.update(_TABLE).where(_TABLE.c.id == found.id)
+    connection.execute(query.values(last_modified_at=datetime.now(UTC), **values))

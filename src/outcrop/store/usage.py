@@ -1,4 +1,6 @@
-"""Tokens that were answered, by account, model, throughput and hour: added, never overwritten."""
+"""Tokens that were answered, by account, model, throughput, endpoint and hour: added, never
+overwritten.
+"""
 
 from __future__ import annotations
 

@@ -11,11 +11,14 @@ from outcrop.ids import (
     custom_model_arn,
     customization_job_arn,
     data_task_arn,
+    deployment_arn,
+    inference_profile_arn,
     new_id,
     provisioned_model_arn,
 )
 from outcrop.store import jobs
 from outcrop.store.rows import DATA_TASK, Job, NewCustomModel, NewJob, NewProvisionedModel
+from outcrop.store.rows_endpoints import NewDeployment, NewInferenceProfile
 
 ACCOUNT, OTHER_ACCOUNT = "123456789012", "210987654321"
 REGION = "us-east-1"
@@ -111,6 +114,34 @@ def new_throughput(
     return NewProvisionedModel(
         id=throughput_id, account=account, name=name, model_arn=model_arn, **values
     )
+
+
+def new_deployment(
+    name: str, model_arn: str, account: str = ACCOUNT, **fields: Any
+) -> NewDeployment:
+    """A deployment to be created."""
+    deployment_id = new_id()
+    values: dict[str, Any] = {
+        "region": REGION,
+        "arn": deployment_arn(REGION, account, deployment_id),
+        "weights": "tiny",
+        **fields,
+    }
+    return NewDeployment(
+        id=deployment_id, account=account, name=name, model_arn=model_arn, **values
+    )
+
+
+def new_profile(name: str, account: str = ACCOUNT, **fields: Any) -> NewInferenceProfile:
+    """An application inference profile to be created."""
+    profile_id = new_id()
+    values: dict[str, Any] = {
+        "region": REGION,
+        "arn": inference_profile_arn(REGION, account, profile_id),
+        "model_arn": BASE_ARN,
+        **fields,
+    }
+    return NewInferenceProfile(id=profile_id, account=account, name=name, **values)
 
 
 def status_of(connection: Connection, job: Job) -> str:

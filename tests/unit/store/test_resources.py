@@ -242,7 +242,7 @@ def test_throughput_is_in_service_once_its_weights_are_served(engine: Engine) ->
             new = new_throughput(name, weights=weights)
             made = throughputs.create_throughput(connection, new, **QUOTAS)
             assert made.status == "Creating"
-        assert throughputs.weights_being_created(connection) == {"tiny", "large"}
+        assert throughputs.awaited_weights(connection) == {"tiny", "large"}
         assert throughputs.mark_in_service(connection, "tiny") == 1
         assert throughputs.mark_failed(connection, "large", "no memory") == 1
         assert throughputs.mark_failed(connection, "tiny", "too late") == 0

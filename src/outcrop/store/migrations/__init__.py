@@ -17,6 +17,7 @@ from outcrop.store.migrations import (
     m0004_job_metric,
     m0005_api_key,
     m0006_token_usage,
+    m0007_endpoints,
 )
 
 Migration = Callable[[Connection], None]
@@ -28,4 +29,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0004_job_metric.apply,
     m0005_api_key.apply,
     m0006_token_usage.apply,
+    m0007_endpoints.apply,
 )
