@@ -179,7 +179,7 @@ def read_statements(document: str, max_characters: int = MAX_POLICY_CHARACTERS) 
         )
     try:
         policy = json.loads(document, object_pairs_hook=_object)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
         raise malformed(f"the document is not JSON: {error}") from error
     if not isinstance(policy, dict):
         raise malformed("the document must be a JSON object")

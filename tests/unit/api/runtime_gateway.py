@@ -151,12 +151,16 @@ class Gateway:
     clients: list[Any] = field(default_factory=list)
 
     def client(
-        self, credentials: Credentials | None = None, *, read_timeout: float = SECONDS
+        self,
+        credentials: Credentials | None = None,
+        *,
+        service: str = "bedrock-runtime",
+        read_timeout: float = SECONDS,
     ) -> Any:
-        """Return a boto3 client of bedrock-runtime that asks once; closed with the gateway."""
+        """Return a boto3 client of a service that asks once; closed with the gateway."""
         credentials = credentials or self.owner
         made = boto3.client(
-            "bedrock-runtime",
+            service,
             endpoint_url=self.url,
             aws_access_key_id=credentials.access_key_id,
             aws_secret_access_key=credentials.secret_access_key,

@@ -49,6 +49,8 @@ def test_a_policy_of_iams_grammar_is_taken(text: str) -> None:
     ("text", "named"),
     [
         ("", "not JSON"),
+        ('{"Version": ' + "1" * 5000 + "}", "not JSON"),
+        ("[" * 20_000, "not JSON"),
         ("[]", "must be a JSON object"),
         ('{"Statement": [], "Statement": []}', "Statement stands twice"),
         (document(), "Statement must be an object or a list of at least one"),
