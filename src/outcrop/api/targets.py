@@ -76,9 +76,10 @@ def resolve(context: RequestContext, identifier: str, operation: str) -> Target:
     with context.services.engine.connect() as connection:
         base = context.services.catalog.resolve(identifier, region=region)
         if base is not None:
-            arn = foundation_model_arn(region, identifier.rpartition("/")[2])
+            model_id = identifier.rpartition("/")[2]  # which may be another than the model's first
+            arn = foundation_model_arn(region, model_id)
             context.require(connection, f"bedrock:{operation}", arn)
-            return _of_base(context, base)
+            return replace(_of_base(context, base), model_id=model_id)
         for form in FORMS:
             # An ARN says itself of which kind it is.
             if parsed is not None and parsed.resource_type != form.kind.arn_type:

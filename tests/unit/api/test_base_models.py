@@ -99,7 +99,10 @@ def test_what_is_here_is_available_and_nothing_else(caller: RequestContext) -> N
 
 
 def test_who_may_not_list_or_look_is_refused(context: Context) -> None:
-    user = context("List", allowed=("bedrock:GetFoundationModel", f"*/{EXPRESS}"))
+    user = context(
+        "List",
+        allowed=("bedrock:GetFoundationModel", f"arn:aws:bedrock:*::foundation-model/{EXPRESS}"),
+    )
     assert details(user, EXPRESS)["modelId"] == EXPRESS
     with pytest.raises(AccessDeniedException):
         details(user, VARIANT)

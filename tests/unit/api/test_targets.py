@@ -90,7 +90,7 @@ def test_a_custom_model_needs_a_throughput_where_the_setting_says_so(
     caller = context("InvokeModel", allowed=("bedrock:InvokeModel", f"{OURS}:custom-model/*"))
     refusing = replace(services.settings, invoke_custom_models=False)
     caller = replace(caller, services=replace(services, settings=refusing))
-    with pytest.raises(ValidationException, match="Create a provisioned model throughput"):
+    with pytest.raises(ValidationException, match="deployment or a provisioned model throughput"):
         targets.resolve(caller, "mine", "InvokeModel")
 
 
