@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # Two test processes on two cores: more threads in each would only wait for one another.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.grouping -n 2 --dist loadgroup --hypothesis-profile=ci
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.grouping -n 2 --dist loadscope --no-loadscope-reorder --hypothesis-profile=ci
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check coverage format bench serve soak lock clean

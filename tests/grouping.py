@@ -1,18 +1,48 @@
 """Which tests stay together when `make test` runs them in two processes.
 
-A pytest plug-in for `--dist loadgroup`: the tests of one file share a process, because they share
+A pytest plug-in for pytest-xdist: the tests of one file share a process, because they share
 fixtures, and so do all end-to-end tests, because they share one service and one trained model.
+
+Not by `xdist_group` marks: xdist 3.8 writes the group into an attribute that pytest 9.2 does not
+read any more, and then each test goes wherever there is room, without a word. So it is also looked
+at which process each test was run by.
 """
 
 from __future__ import annotations
 
 import pytest
+from xdist.remote import Producer  # type: ignore[import-untyped]
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+END_TO_END = "tests/e2e/"
+
+_processes: dict[str, str] = {}
+"""Group -> the process that has run tests of it."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put each test into the group of its file, or into that of the shared service."""
-    for item in items:
-        shared = item.get_closest_marker("e2e") is not None
-        group = "service" if shared else str(item.path.relative_to(item.config.rootpath))
-        item.add_marker(pytest.mark.xdist_group(group))
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives a process whole files, and all end-to-end tests to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def group_of(nodeid: str) -> str:
+    """Return what a test shares its process with."""
+    file = nodeid.partition("::")[0]
+    return END_TO_END if file.startswith(END_TO_END) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
+    """Take the place of xdist's own scheduling."""
+    return FileScheduling(config, log)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """End the run where a group was torn apart."""
+    node = getattr(report, "node", None)
+    if node is None:
+        return  # in the process that ran it
+    group, process = group_of(report.nodeid), node.gateway.id
+    first = _processes.setdefault(group, process)
+    assert first == process, f"tests of {group} were run by {first} and by {process}"
