@@ -5,12 +5,9 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from sqlalchemy import Connection
-
 from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import CUSTOM_MODEL, find, model_arn
-from outcrop.ids import foundation_model_arn
 from outcrop.store import models
 from outcrop.store.database import transaction
 
@@ -51,8 +48,8 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             context.region,
             status=params.get("modelStatus"),
             name_contains=params.get("nameContains"),
-            base_model_arn=_known_arn(connection, context, params.get("baseModelArnEquals")),
-            foundation_model_arn=_known_arn(
+            base_model_arn=model_arn(connection, context, params.get("baseModelArnEquals")),
+            foundation_model_arn=model_arn(
                 connection, context, params.get("foundationModelArnEquals")
             ),
             created_after=params.get("creationTimeAfter"),
@@ -100,11 +97,3 @@ def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     folder = context.services.settings.data_dir / model.artifact_path
     shutil.rmtree(folder, ignore_errors=True)
     return {}
-
-
-def _known_arn(connection: Connection, context: RequestContext, arn: str | None) -> str | None:
-    """Return the ARN under which rows know a base model or custom model that a filter names."""
-    base = None if arn is None else context.services.catalog.resolve(arn, region=context.region)
-    if base is not None:
-        return foundation_model_arn(context.region, base.customization_id)
-    return model_arn(connection, context, arn)

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
 from outcrop.errors import ResourceNotFoundException
+from outcrop.ids import foundation_model_arn
 from outcrop.store import deployments, jobs, models, profiles, throughputs
 from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, CustomModel, Job, ProvisionedModel
 from outcrop.store.rows_endpoints import Deployment, InferenceProfile
@@ -84,11 +85,15 @@ def find(
 
 
 def model_arn(connection: Connection, context: RequestContext, arn: str | None) -> str | None:
-    """Return the ARN under which rows know a model; one that ends in a name becomes the model's.
+    """Return the ARN under which rows know a model that a filter names.
 
-    Where it names no custom model of the account, or is None, it comes back as it is.
+    A custom model's that ends in its name becomes its own, a base model's that with its context.
+    What names neither, or is None, comes back as it is.
     """
     if arn is None:
         return None
+    base = context.services.catalog.resolve(arn, region=context.region)
+    if base is not None:
+        return foundation_model_arn(context.region, base.customization_id)
     found = models.get_model(connection, context.account, context.region, arn)
     return arn if found is None else found.arn
