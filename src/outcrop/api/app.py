@@ -66,6 +66,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             )
             async with services.usage.flushing(engine):
                 yield services
+            services.close_model_clients()
         finally:
             engine.dispose()
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import httpx
@@ -21,7 +22,11 @@ from outcrop.identity.principals import Principal
 from outcrop.models.catalog import Catalog
 from outcrop.objects.client import Backend, ObjectStore
 from outcrop.objects.client import backend as current_backend
+from outcrop.serve.client import ModelClient
 from outcrop.settings import Settings
+
+KEPT_CONNECTIONS = 64
+"""To each model server, between requests."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Services:
     touched: dict[str, float] = field(default_factory=dict)
     """By the key of base weights: when the use of their model server was last written, on the
     monotonic clock."""
+    model_clients: dict[str, ModelClient] = field(default_factory=dict)
+    """By the key of base weights."""
 
     @property
     def objects(self) -> ObjectStore:
@@ -53,6 +60,24 @@ class Services:
             ObjectStoreError: the embedded store is not running.
         """
         return _client(current_backend(self.settings))
+
+    def model_client(self, weights: str, address: Path) -> ModelClient:
+        """Return the client of a model server, which keeps its connections; for the event loop.
+
+        Args:
+            address: where the server of these weights listens now.
+        """
+        client = self.model_clients.get(weights)
+        if client is None or client.socket != address:
+            if client is not None:
+                client.close()
+            client = self.model_clients[weights] = ModelClient(address, keeps=KEPT_CONNECTIONS)
+        return client
+
+    def close_model_clients(self) -> None:
+        """End the kept connections to model servers."""
+        for client in self.model_clients.values():
+            client.close()
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ async def generate(
         for number in range(native.num_generations):
             last: TokenEvent | Generation | None = None
             # Read to its end: what an iteration leaves behind is closed at some later time only.
-            async for event in _counted(context, target, client.stream(request), number == 0):
+            events = client.stream(request, pieces=False)
+            async for event in _counted(context, target, events, number == 0):
                 last = event
             assert isinstance(last, Generation)
             found.append(tools.with_calls(native, last))
@@ -240,9 +241,9 @@ async def _with_server(
 async def _ready_client(context: RequestContext, weights: str, deadline: float) -> ModelClient:
     pause = FIRST_LOOK_SECONDS
     while True:
-        client = await anyio.to_thread.run_sync(_look_for_server, context, weights)
-        if client is not None:
-            return client
+        address = await anyio.to_thread.run_sync(_look_for_server, context, weights)
+        if address is not None:
+            return context.services.model_client(weights, address)
         if time.monotonic() + pause > deadline:
             raise ModelNotReadyException(
                 "The model is being loaded and will be ready to serve soon. Try again."
@@ -251,7 +252,8 @@ async def _ready_client(context: RequestContext, weights: str, deadline: float) 
         pause = min(2 * pause, LONGEST_LOOK_SECONDS)
 
 
-def _look_for_server(context: RequestContext, weights: str) -> ModelClient | None:
+def _look_for_server(context: RequestContext, weights: str) -> Path | None:
+    """Return where the weights' server listens; None where it is not up, and so is wanted."""
     engine = context.services.engine
     with engine.connect() as connection:
         row = servers.get(connection, weights)
@@ -273,7 +275,7 @@ def _look_for_server(context: RequestContext, weights: str) -> ModelClient | Non
         touched[weights] = now
         with transaction(engine) as connection:
             servers.touch(connection, weights)
-    return ModelClient(Path(row.address))
+    return Path(row.address)
 
 
 def _too_slow(seconds: float) -> ModelTimeoutException:
