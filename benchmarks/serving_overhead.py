@@ -90,7 +90,7 @@ async def measure(service: Running, data_dir: Path, count: int) -> dict[str, lis
     runtime.invoke_model(modelId=BASE_MODEL, body=body)  # has the model server started
     engine = BatchEngine(shipped_weights(None), threads=default_threads())
     prompt = engine.renderer.render_prompt((Message("user", PROMPT),))
-    client = ModelClient(server_socket(data_dir))
+    client = ModelClient(server_socket(data_dir), keeps=1)
     request = GenerationRequest(
         (Message("user", PROMPT),), SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
     )
@@ -125,6 +125,7 @@ async def measure(service: Running, data_dir: Path, count: int) -> dict[str, lis
             if number >= WARM_UP:
                 seconds[way].append(time.perf_counter() - started)
     await connection.close()
+    client.close()
     engine.close()
     return seconds
 

@@ -43,6 +43,11 @@ class ModelClient:
         self._keeps = keeps
         self._idle: list[_Connection] = []
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a connection is kept that the server has not ended."""
+        return any(connection.is_open for connection in self._idle)
+
     def close(self) -> None:
         """End the kept connections; calls that are under way go on."""
         self._keeps = 0

@@ -85,11 +85,13 @@ class Connections:
 
     async def end(self, seconds: float) -> None:
         """Take no more requests, and close all connections; answers have so long to end."""
-        self.is_ending = True
-        self.loop.remove_reader(self._listener)
+        if not self.is_ending:
+            self.is_ending = True
+            self.loop.remove_reader(self._listener)
+            # What lies unread in a socket is reset: its client knows that it was not taken.
+            self._listener.close()
         for connection in list(self.open):
             if not connection.is_busy:
-                # What lies unread in it is reset, so that its client knows that it was not taken.
                 connection.close()
         deadline = time.monotonic() + seconds
         while self.open and time.monotonic() < deadline:  # noqa: ASYNC110 -- bounded, and rare

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,10 +62,7 @@ class Running:
         return ModelClient(self.socket)
 
     async def stats(self) -> dict[str, Any]:
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            found: dict[str, Any] = (await client.get("/stats")).json()
-        return found
+        return await self.client.stats()
 
 
 @dataclass
@@ -167,14 +166,61 @@ def test_errors_come_out_as_the_exceptions_they_were(server: Running, tmp_path: 
         run(server.client.generate(late))
 
 
-@pytest.mark.parametrize("path", ["/generate", "/count"])
+def exchange(socket_path: Path, data: bytes) -> bytes:
+    """Send bytes and return all that comes until the server closes the connection."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(SECONDS)
+        connection.connect(str(socket_path))
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("verb", [b"generate", b"stream", b"count"])
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"messages": 3, "sampling": {}}'])
-def test_a_body_of_another_form_is_refused(server: Running, path: str, body: bytes) -> None:
+def test_a_body_of_another_form_is_refused(server: Running, verb: bytes, body: bytes) -> None:
+    answer = exchange(server.socket, b"%s %d\n" % (verb, len(body)) + body)
+    assert json.loads(answer)["code"] == "ValidationException"
+
+
+@pytest.mark.parametrize("head", [b"dance 3\nabc", b"stats\n", b"count -1\n", b"x" * 20_000])
+def test_what_is_no_request_is_refused_and_ends_its_connection(server: Running, head: bytes) -> None:
+    answer = exchange(server.socket, head)
+    assert json.loads(answer)["code"] == "ValidationException"
+    assert b"stream, generate, count and stats" in answer
+
+
+def test_the_owner_reads_the_figures_over_http(server: Running) -> None:
     transport = httpx.HTTPTransport(uds=str(server.socket))
     with httpx.Client(transport=transport, base_url="http://model-server") as client:
-        answer = client.post(path, content=body)
-    assert answer.status_code == 400
-    assert answer.json()["code"] == "ValidationException"
+        assert client.get("/stats").json()["pid"] == server.process.pid
+        assert client.get("/other").status_code == 404
+
+
+def test_requests_follow_each_other_on_one_connection(server: Running) -> None:
+    async def ask() -> None:
+        client = ModelClient(server.socket, keeps=1)
+        whole = await client.generate(SHORT)
+        with pytest.raises(ValidationException):
+            await client.count(())
+        events = [event async for event in client.stream(SHORT)]
+        assert events[-1] == whole
+        assert client.is_connected
+        client.close()
+
+    run(ask())
+
+
+def test_a_whole_answer_is_told_in_few_pieces_and_a_stream_in_many(server: Running) -> None:
+    async def both() -> list[int]:
+        told = []
+        for pieces in (True, False):
+            events = [event async for event in server.client.stream(SHORT, pieces=pieces)]
+            told.append(len(events))
+        return told
+
+    many, few = run(both())
+    assert few < many / 2
 
 
 def test_only_the_owner_can_reach_the_socket(server: Running) -> None:
