@@ -95,6 +95,8 @@ class RequestContext:
     """The operation's name in the service model."""
     received_at: datetime
     """UTC instant at which the request's head had arrived."""
+    resolved: dict[tuple[str, str], Any] = field(default_factory=dict)
+    """By id and action: what ids stand for, as far as it was found beforehand (`asked.py`)."""
 
     def require(self, connection: Connection, action: str, resource: str) -> None:
         """Refuse with AccessDeniedException unless the caller may do `action` on `resource`."""

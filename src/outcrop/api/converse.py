@@ -7,13 +7,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import anyio.to_thread
-
 from outcrop.api import tools
+from outcrop.api.asked import asks, target_of
 from outcrop.api.context import Output, RequestContext, StreamEvent, begun
 from outcrop.api.runtime import GUARDRAILS, check_ways, count, generate, milliseconds
 from outcrop.api.streaming import pieces
-from outcrop.api.targets import Target, resolve
+from outcrop.api.targets import Target
 from outcrop.errors import ValidationException
 from outcrop.serve.prompt_formats import NativeRequest, parse_body
 from outcrop.serve.prompt_formats.converse import (
@@ -35,6 +34,7 @@ NOT_SUPPORTED = {
 """Members that change what is answered, and why they are refused."""
 
 
+@asks("InvokeModel")
 async def converse(context: RequestContext, params: dict[str, Any]) -> Output:
     """Answer a conversation in one piece."""
     started = time.perf_counter()
@@ -50,6 +50,7 @@ async def converse(context: RequestContext, params: dict[str, Any]) -> Output:
     )
 
 
+@asks("InvokeModelWithResponseStream")
 async def converse_stream(context: RequestContext, params: dict[str, Any]) -> Output:
     """Answer a conversation as the answer is made.
 
@@ -61,9 +62,10 @@ async def converse_stream(context: RequestContext, params: dict[str, Any]) -> Ou
     return Output({}, stream=await begun(events))
 
 
+@asks("CountTokens")
 async def count_tokens(context: RequestContext, params: dict[str, Any]) -> Output:
     """Count the tokens of a body or a conversation, by the renderer of training and serving."""
-    target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], "CountTokens")
+    target = await target_of(context, params["modelId"], "CountTokens")
     source = params["input"]
     if "invokeModel" in source:
         native = parse_body(target.base, source["invokeModel"]["body"], streamed=True)
@@ -77,7 +79,7 @@ async def count_tokens(context: RequestContext, params: dict[str, Any]) -> Outpu
 async def _read(
     context: RequestContext, params: dict[str, Any], action: str
 ) -> tuple[Target, NativeRequest]:
-    target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], action)
+    target = await target_of(context, params["modelId"], action)
     _refuse_what_is_not_supported(params)
     latency = params.get("performanceConfig", {}).get("latency")
     tier = params.get("serviceTier", {}).get("type")

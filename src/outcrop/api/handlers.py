@@ -24,6 +24,7 @@ from botocore.model import OperationModel
 from sqlalchemy.exc import OperationalError
 from starlette.requests import ClientDisconnect, Request
 
+from outcrop.api.asked import look_ahead
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.event_stream import StreamReply
 from outcrop.api.operations import OPERATIONS, AsyncOperation, Operation, SyncOperation
@@ -180,6 +181,7 @@ def _run(
     """Do all of an ordinary operation, or all but the call of one that waits for a model."""
     call = _prepare(services, signed, body, trace)
     if inspect.iscoroutinefunction(call.function):
+        look_ahead(call.context, call.function, call.params)
         return AsyncCall(call.context, call.model, call.function, call.params)
     members = cast(SyncOperation, call.function)(call.context, call.params)
     return serialize.serialize_output(call.model, members, trace.request_id)

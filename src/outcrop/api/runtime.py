@@ -7,6 +7,7 @@ loaded, and passes the request on. Weights and tokens are the server's business.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -17,8 +18,9 @@ import anyio
 import anyio.to_thread
 
 from outcrop.api import tools
-from outcrop.api.context import Output, RequestContext
-from outcrop.api.targets import Target, resolve
+from outcrop.api.asked import asks, target_of
+from outcrop.api.context import Output, RequestContext, Services
+from outcrop.api.targets import Target
 from outcrop.errors import (
     ApiError,
     ModelErrorException,
@@ -52,13 +54,14 @@ GUARDRAILS = "Guardrails are not offered by this service."
 T = TypeVar("T")
 
 
+@asks("InvokeModel")
 async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Output:
     """Answer a request in the body format of the model's family.
 
     The token counts come in headers, as clients read them there; they are counted, not estimated.
     """
     started = time.perf_counter()
-    target = await anyio.to_thread.run_sync(resolve, context, params["modelId"], "InvokeModel")
+    target = await target_of(context, params["modelId"], "InvokeModel")
     refuse_what_is_not_offered(context, params)
     native = parse_body(target.base, params.get("body", b""))
     native = await tools.checked(context.services.settings, target.weights, native)
@@ -239,11 +242,17 @@ async def _with_server(
 
 
 async def _ready_client(context: RequestContext, weights: str, deadline: float) -> ModelClient:
+    services = context.services
+    client = services.model_clients.get(weights)
+    # Its server answers as long as it keeps a connection open; its row is looked at when its use is
+    # to be written. That saves a hand-over to a thread.
+    if client is not None and client.is_connected and not _is_touch_due(services, weights):
+        return client
     pause = FIRST_LOOK_SECONDS
     while True:
         address = await anyio.to_thread.run_sync(_look_for_server, context, weights)
         if address is not None:
-            return context.services.model_client(weights, address)
+            return services.model_client(weights, address)
         if time.monotonic() + pause > deadline:
             raise ModelNotReadyException(
                 "The model is being loaded and will be ready to serve soon. Try again."
@@ -270,12 +279,17 @@ def _look_for_server(context: RequestContext, weights: str) -> Path | None:
         return None
     if row.state != "ready" or row.address is None:
         return None
-    now, touched = time.monotonic(), context.services.touched
-    if now - touched.get(weights, 0.0) >= TOUCH_SECONDS:
-        touched[weights] = now
+    if _is_touch_due(context.services, weights):
+        context.services.touched[weights] = time.monotonic()
         with transaction(engine) as connection:
             servers.touch(connection, weights)
     return Path(row.address)
+
+
+def _is_touch_due(services: Services, weights: str) -> bool:
+    # A server that was used must never look idle for as long as ends it.
+    every = min(TOUCH_SECONDS, services.settings.model_idle_seconds / 4)
+    return time.monotonic() - services.touched.get(weights, -math.inf) >= every
 
 
 def _too_slow(seconds: float) -> ModelTimeoutException:

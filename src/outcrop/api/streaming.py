@@ -7,9 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import anyio.to_thread
-
 from outcrop.api import tools
+from outcrop.api.asked import asks, target_of
 from outcrop.api.context import Output, RequestContext, StreamEvent, begun
 from outcrop.api.runtime import (
     echoed,
@@ -18,7 +17,7 @@ from outcrop.api.runtime import (
     refuse_what_is_not_offered,
     stream,
 )
-from outcrop.api.targets import Target, resolve
+from outcrop.api.targets import Target
 from outcrop.serve.prompt_formats import FAMILIES, NativeRequest, Piece, dump, parse_body
 from outcrop.serve.prompt_formats.native import Blocks
 from outcrop.serve.request import Generation
@@ -28,15 +27,14 @@ METRICS = "amazon-bedrock-invocationMetrics"
 """The key that the last chunk has besides its family's own."""
 
 
+@asks("InvokeModelWithResponseStream")
 async def invoke_model(context: RequestContext, params: dict[str, Any]) -> Output:
     """Answer a request in the body format of the model's family, in pieces.
 
     What is refused before the first piece is refused as InvokeModel refuses it.
     """
     started = time.perf_counter()
-    target = await anyio.to_thread.run_sync(
-        resolve, context, params["modelId"], "InvokeModelWithResponseStream"
-    )
+    target = await target_of(context, params["modelId"], "InvokeModelWithResponseStream")
     refuse_what_is_not_offered(context, params)
     native = parse_body(target.base, params.get("body", b""), streamed=True)
     native = await tools.checked(context.services.settings, target.weights, native)

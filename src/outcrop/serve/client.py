@@ -42,11 +42,12 @@ class ModelClient:
         self.socket = socket
         self._keeps = keeps
         self._idle: list[_Connection] = []
+        self._busy: set[_Connection] = set()
 
     @property
     def is_connected(self) -> bool:
-        """Whether a connection is kept that the server has not ended."""
-        return any(connection.is_open for connection in self._idle)
+        """Whether there is a connection, in use or kept, that the server has not ended."""
+        return any(connection.is_open for held in (self._idle, self._busy) for connection in held)
 
     def close(self) -> None:
         """End the kept connections; calls that are under way go on."""
@@ -114,10 +115,12 @@ class ModelClient:
     async def _open(self, verb: str, body: bytes) -> AsyncIterator[_Connection]:
         """Send a request. Its connection is kept if it is idle at the end, and closed otherwise."""
         connection = self._take() or await self._connect()
+        self._busy.add(connection)
         try:
             connection.send(b"%s %d\n" % (verb.encode(), len(body)) + body)
             yield connection
         finally:
+            self._busy.remove(connection)
             if connection.is_idle and len(self._idle) < self._keeps:
                 self._idle.append(connection)
             else:
