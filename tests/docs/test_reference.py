@@ -86,6 +86,25 @@ def test_no_operation_is_documented_that_is_not_there() -> None:
             assert (cells[0].strip("`"), cells[1].strip("`")) in OPERATIONS
 
 
+def test_every_operation_of_both_services_has_its_state_and_a_reason() -> None:
+    documented = {
+        (cells[0].strip("`"), cells[1].strip("`")): cells[2:] for cells in rows("coverage.md")
+    }
+    documented.pop(("Service", "Operation"))
+    modelled = {
+        (service, name)
+        for service in ("bedrock", "bedrock-runtime")
+        for name in service_model(service).operation_names
+    }
+    assert set(documented) == modelled, (
+        "docs/coverage.md has a row for each operation, and no other"
+    )
+    assert len(rows("coverage.md")) == len(modelled) + 1, "each once"
+    for key, (state, reason) in documented.items():
+        assert state == ("built" if key in OPERATIONS else "501"), f"{key} in docs/coverage.md"
+        assert len(reason.rstrip("| ")) > 8, key
+
+
 def test_every_member_of_our_own_operations_is_documented() -> None:
     text = page("operations.md")
     model = service_model("outcrop")

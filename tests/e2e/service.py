@@ -21,6 +21,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from tests.assets.smollm2 import place_smollm2
+from tests.protocol.answers import check_client
 
 from outcrop.identity import accounts
 from outcrop.identity.bootstrap import load_credentials
@@ -154,7 +155,7 @@ class Service:
                 "config": Config(read_timeout=120, retries={"total_max_attempts": attempts}),
             }
             made = outcrop_client(**options) if name == "outcrop" else boto3.client(name, **options)
-            self._clients[key] = made
+            self._clients[key] = check_client(made)
         return self._clients[key]
 
     def user(self, name: str, *documents: dict[str, Any]) -> Credentials:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 from tests.e2e.conftest import Tuned
-from tests.e2e.service import REGION, TITAN, Service, ask_base, in_service, job_request
+from tests.e2e.service import (
+    REGION,
+    TITAN,
+    Service,
+    ask_base,
+    in_service,
+    job_request,
+    refusal,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -70,10 +78,13 @@ def test_a_model_fine_tuned_from_a_pre_trained_one_outlives_it(
             baseModelIdentifier=f"{name}-cpt-model",
             hyperParameters={**HYPER, "adapterRank": "24"},
         )
-        bedrock.delete_custom_model(modelIdentifier=parent["modelArn"])
+        error = refusal(lambda: bedrock.delete_custom_model(modelIdentifier=parent["modelArn"]))
+        assert error.code == "ConflictException", "the job that waits needs it"
+        assert f"{name}-ft" in error.message
     job = service.wait_for_job(second)
     assert job["status"] == "Completed", job.get("failureMessage")
     assert job["baseModelArn"] == parent["modelArn"]
+    bedrock.delete_custom_model(modelIdentifier=parent["modelArn"])
     assert job["hyperParameters"]["adapterRank"] == "24"
     begin = service.progress(second)["baseValidationLoss"]
     assert begin < service.progress(tuned.arn)["baseValidationLoss"], "it begins as its parent"

@@ -97,8 +97,9 @@ def test_models_that_can_be_fine_tuned_are_listed_under_their_real_names(service
 def test_a_running_job_has_no_metrics_and_no_model(tuned: Tuned) -> None:
     created = tuned.created
     assert created["status"] == "InProgress"
-    for absent in ("trainingMetrics", "validationMetrics", "outputModelArn", "endTime"):
+    for absent in ("trainingMetrics", "outputModelArn", "endTime"):
         assert absent not in created
+    assert created["validationMetrics"] == [], "as recorded answers of the live service"
     assert {"validationDetails", "dataProcessingDetails", "trainingDetails"} == set(
         created["statusDetails"]
     )

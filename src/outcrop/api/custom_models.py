@@ -9,7 +9,7 @@ from outcrop.api.context import RequestContext
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import CUSTOM_MODEL, find, model_arn
 from outcrop.store import models
-from outcrop.store.database import transaction
+from outcrop.store.database import lock_account, transaction
 
 
 def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
@@ -79,19 +79,20 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def delete(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
-    """Delete a custom model that nothing serves; what it was made from is not touched.
+    """Delete a custom model that nothing uses; what it was made from is not touched.
 
-    Models that were made from it have all they need. A job that has not ended yet and starts from
-    it keeps its files, and `outcrop gc` removes them after that job's end.
+    Models that were made from it have all they need.
     """
     with transaction(context.services.engine) as connection:
+        # Before it is looked for, so that of two deletions the second finds nothing.
+        lock_account(connection, context.account, context.region)
         model = find(
             connection, context, CUSTOM_MODEL, params["modelIdentifier"], "DeleteCustomModel"
         )
         models.delete_model(connection, model)
         is_needed = model.artifact_path in models.artifact_paths(connection)
-    # After the commit: if this process dies here, `outcrop gc` finds the files. No job can come
-    # to need them now, because a job is created only from a model that is there.
+    # After the commit: if this process dies here, `outcrop gc` finds the files. Nobody can come
+    # to need them now, because a use begins only with a model that is there.
     if is_needed:
         return {}
     folder = context.services.settings.data_dir / model.artifact_path

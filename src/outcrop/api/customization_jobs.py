@@ -6,22 +6,22 @@ in the files is checked by the job's validation stage.
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
-from outcrop.api.job_requests import check_objects, prepare
+from outcrop.api.job_requests import check_objects, hold_parent, prepare
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import JOB, find
-from outcrop.errors import ConflictException, ValidationException
+from outcrop.errors import ConflictException
 from outcrop.ids import customization_job_arn, new_id
 from outcrop.jobs.queue import job_needs
 from outcrop.jobs.states import statuses_of, wire_status
-from outcrop.store import jobs, models, tags
-from outcrop.store.database import lock_account, transaction
-from outcrop.store.rows import CUSTOMIZATION, Job, NewJob
+from outcrop.store import jobs, tags
+from outcrop.store.database import transaction
+from outcrop.store.rows import CUSTOMIZATION, Job, JobSummary, NewJob, Stage
 from outcrop.store.tokens import find_replay, request_token
 
 STAGES = ("validation", "dataProcessing", "training")
@@ -64,21 +64,14 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         spec=spec,
         stages=STAGES,
         model_name=params["customModelName"],
+        uses_model_arn=None if parent is None else parent.arn,
         cores=cores,
         memory_bytes=memory_bytes,
     )
     job_tags = tags.checked_tags(arn, params.get("jobTags", ()))
     tags.checked_tags(params["customModelName"], params.get("customModelTags", ()))
     with transaction(services.engine) as connection:
-        if parent is not None:
-            # Held to the end: the model cannot be deleted before the row that needs it is there.
-            lock_account(connection, context.account, context.region)
-            is_there = models.get_model(connection, context.account, context.region, parent.arn)
-            if is_there is None and find_replay(connection, token) is None:
-                raise ValidationException(
-                    f"The custom model {parent.name} was deleted while the job was created. Start "
-                    "from another model."
-                )
+        hold_parent(connection, context, parent, token)
         job = jobs.create_job(
             connection,
             new_job,
@@ -115,7 +108,8 @@ def list_(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             limit=page_size(params),
             after=position,
         )
-        summaries = [_summarize(connection, job) for job in page.items]
+        stages = jobs.stages_of(connection, [job.id for job in page.items])
+        summaries = [_summarize(job, stages[job.id]) for job in page.items]
     answer: dict[str, Any] = {"modelCustomizationJobSummaries": summaries}
     if page.next is not None:
         answer["nextToken"] = make_token(context, params, page.next)
@@ -136,14 +130,15 @@ def stop(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
 
 def _describe(connection: Connection, job: Job) -> dict[str, Any]:
     spec = job.spec
-    answer: dict[str, Any] = {
+    result = job.result or {}
+    return {
         "jobArn": job.arn,
         "jobName": job.name,
         "outputModelName": spec["customModelName"],
         "clientRequestToken": spec.get("clientRequestToken"),
         "roleArn": spec["roleArn"],
         "status": wire_status(job.status),
-        "statusDetails": _status_details(connection, job),
+        "statusDetails": _status_details(jobs.stages(connection, job.id)),
         "failureMessage": job.failure_message,
         "creationTime": job.created_at,
         "lastModifiedTime": job.last_modified_at,
@@ -155,21 +150,20 @@ def _describe(connection: Connection, job: Job) -> dict[str, Any]:
         "outputDataConfig": spec["outputDataConfig"],
         "customizationType": spec["customizationType"],
         "vpcConfig": spec.get("vpcConfig"),
+        "outputModelArn": result.get("outputModelArn"),
+        "trainingMetrics": result.get("trainingMetrics"),
+        # Source: recorded answers of the live service, which have an empty list until the end.
+        "validationMetrics": result.get("validationMetrics", []),
     }
-    if job.result is not None:
-        answer["outputModelArn"] = job.result["outputModelArn"]
-        answer["trainingMetrics"] = job.result["trainingMetrics"]
-        answer["validationMetrics"] = job.result["validationMetrics"]
-    return answer
 
 
-def _summarize(connection: Connection, job: Job) -> dict[str, Any]:
+def _summarize(job: JobSummary, stages: Mapping[str, Stage]) -> dict[str, Any]:
     return {
         "jobArn": job.arn,
         "baseModelArn": job.spec["baseModelArn"],
         "jobName": job.name,
         "status": wire_status(job.status),
-        "statusDetails": _status_details(connection, job),
+        "statusDetails": _status_details(stages),
         "lastModifiedTime": job.last_modified_at,
         "creationTime": job.created_at,
         "endTime": job.ended_at,
@@ -179,12 +173,12 @@ def _summarize(connection: Connection, job: Job) -> dict[str, Any]:
     }
 
 
-def _status_details(connection: Connection, job: Job) -> dict[str, Any]:
-    def detail(status: str, created: datetime | None, modified: datetime | None) -> dict[str, Any]:
-        return {"status": status, "creationTime": created, "lastModifiedTime": modified}
-
-    found = jobs.stages(connection, job.id)
+def _status_details(stages: Mapping[str, Stage]) -> dict[str, Any]:
     return {
-        f"{name}Details": detail(stage.status, stage.created_at, stage.last_modified_at)
-        for name, stage in found.items()
+        f"{name}Details": {
+            "status": stage.status,
+            "creationTime": stage.created_at,
+            "lastModifiedTime": stage.last_modified_at,
+        }
+        for name, stage in stages.items()
     }

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
-from outcrop.api.job_requests import check_objects, prepare
+from outcrop.api.job_requests import check_objects, hold_parent, prepare
 from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import TASK, find
 from outcrop.errors import ConflictException, ValidationException
@@ -20,7 +20,7 @@ from outcrop.jobs import queue
 from outcrop.jobs.states import statuses_of, wire_status
 from outcrop.store import jobs
 from outcrop.store.database import transaction
-from outcrop.store.rows import DATA_TASK, Job, NewJob
+from outcrop.store.rows import DATA_TASK, Job, JobSummary, NewJob
 from outcrop.store.tokens import find_replay, request_token
 
 _CORES = 1
@@ -65,10 +65,12 @@ def start(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             queue.JOB_NEEDS: {"cores": cores, "memory_bytes": memory_bytes},
         },
         stages=(params["kind"],),
+        uses_model_arn=None if prepared.parent is None else prepared.parent.arn,
         cores=_CORES,
         memory_bytes=_MEMORY_BYTES,
     )
     with transaction(services.engine) as connection:
+        hold_parent(connection, context, prepared.parent, token)
         task = jobs.create_job(connection, new_task, token=token)
     return {"taskArn": task.arn}
 
@@ -145,7 +147,7 @@ def _describe(connection: Connection, task: Job) -> dict[str, Any]:
     return {**answer, **{name: found[name] for name in _FOUND if name in found}}
 
 
-def _summarize(task: Job) -> dict[str, Any]:
+def _summarize(task: Job | JobSummary) -> dict[str, Any]:
     return {
         "taskArn": task.arn,
         "kind": task.spec["kind"],

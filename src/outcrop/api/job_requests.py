@@ -30,7 +30,9 @@ from outcrop.models.catalog import CONTINUED_PRE_TRAINING, FINE_TUNING, BaseMode
 from outcrop.models.weights import weights_folder
 from outcrop.objects.client import ObjectStore
 from outcrop.store import models
+from outcrop.store.database import lock_account
 from outcrop.store.rows import CustomModel
+from outcrop.store.tokens import RequestToken, find_replay
 from outcrop.train.plan import TrainPlan, make_plan
 
 OFFERED_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
@@ -102,6 +104,31 @@ def check_objects(objects: ObjectStore, prepared: Prepared) -> None:
         check_present(objects, uri, VALIDATION)
 
 
+def hold_parent(
+    connection: Connection,
+    context: RequestContext,
+    parent: CustomModel | None,
+    token: RequestToken | None,
+) -> None:
+    """Keep the model that a job starts from until this transaction ends, which writes that job.
+
+    It was looked at in a transaction before, and somebody may have deleted it since. A request that
+    only repeats an earlier one needs it no more.
+
+    Raises:
+        ValidationException: it is not there any more.
+    """
+    if parent is None:
+        return
+    lock_account(connection, context.account, context.region)
+    is_there = models.get_model(connection, context.account, context.region, parent.arn)
+    if is_there is None and find_replay(connection, token) is None:
+        raise ValidationException(
+            f"The custom model {parent.name} was deleted while the job was created. Start from "
+            "another model."
+        )
+
+
 def _starting_point(
     connection: Connection, context: RequestContext, identifier: str
 ) -> tuple[BaseModel, CustomModel | None]:
@@ -125,6 +152,11 @@ def _starting_point(
         raise ValidationException(
             f"The provided model identifier is invalid: {identifier}. ListFoundationModels and "
             "ListCustomModels list what can be customized."
+        )
+    if custom.status != "Active":
+        raise ValidationException(
+            f"The custom model {custom.name} is {custom.status}. Only a model that is Active can "
+            "be customized."
         )
     base = catalog.resolve(custom.base_model_id)
     if base is None:
@@ -156,8 +188,9 @@ def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None
         )
     if "customizationConfig" in params:
         raise ValidationException(
-            "customizationConfig belongs to distillation and reinforcement fine-tuning, which "
-            "are not offered yet. Leave it out."
+            f"customizationConfig.{next(iter(params['customizationConfig']))} belongs to "
+            "distillation and reinforcement fine-tuning, which are not offered yet. Leave it out. "
+            f"Offered: {', '.join(OFFERED_TYPES)}."
         )
     if "customModelKmsKeyId" in params:
         raise ValidationException(

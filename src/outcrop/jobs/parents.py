@@ -1,9 +1,8 @@
 """The custom model that a job starts from: what its row records of it, and where its files are.
 
-The artifact is read where it lies. While a job that starts from it has not ended, its files stay,
-also when the model itself is deleted: the job's row says so to whoever removes files, which are
-DeleteCustomModel and `outcrop gc`. So nothing has to be copied, and there is no instant at which a
-crash could lose it.
+The artifact is read where it lies. While a job that starts from it has not ended, the model cannot
+be deleted, and the job's row tells `outcrop gc` of its files. So nothing has to be copied, and
+there is no instant at which a crash could lose it.
 """
 
 from __future__ import annotations

@@ -16,14 +16,15 @@ from typing import Any, Unpack
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from outcrop.errors import ConflictException, ServiceQuotaExceededException
 from outcrop.store import events, models, tables, tokens
 from outcrop.store.database import lock_account
+from outcrop.store.job_names import check_model_quota, check_names
 from outcrop.store.listing import Listing, list_page
 from outcrop.store.rows import (
     CUSTOMIZATION,
     Job,
     JobStatus,
+    JobSummary,
     LiveJob,
     NewCustomModel,
     NewJob,
@@ -65,9 +66,9 @@ def create_job(
         job = get_job_by_id(connection, replayed)
         assert job is not None, "jobs are never deleted"
         return job
-    _check_names(connection, new)
+    check_names(connection, new)
     if max_custom_models is not None and new.model_name is not None:
-        _check_model_quota(connection, new, max_custom_models)
+        check_model_quota(connection, new, max_custom_models)
     now = datetime.now(UTC)
     values = {name: value for name, value in vars(new).items() if name != "stages"}
     last_number = sa.select(sa.func.coalesce(sa.func.max(_TABLE.c.number), 0))
@@ -106,14 +107,28 @@ def create_job(
 
 
 # Asked for at every poll, so they are built once: that is a tenth of what a poll costs.
-_GET_JOB = (
-    sa.select(_TABLE)
-    .where(
-        *(_TABLE.c[name] == sa.bindparam(name) for name in ("account", "region", "kind")),
-        sa.or_(*(_TABLE.c[name] == sa.bindparam("identifier") for name in ("arn", "name", "id"))),
+_KEY = ("account", "region", "kind")
+
+
+def _id_by(name: str, job: Any) -> Any:
+    wanted = (*((job.c[key], key) for key in _KEY), (job.c[name], "identifier"))
+    return (
+        sa.select(job.c.id)
+        .where(*(column == sa.bindparam(value) for column, value in wanted))
+        .scalar_subquery()
     )
-    # A name can look like an id; what was meant as a name wins.
-    .order_by(_TABLE.c.id == sa.bindparam("identifier"))
+
+
+_GET_JOB = sa.select(_TABLE).where(
+    # One look into an index for each; with OR, SQLite read all jobs of the account. A name can
+    # look like an id; what was meant as a name wins.
+    _TABLE.c.id
+    == sa.func.coalesce(
+        _id_by("name", _TABLE.alias("by_name")),
+        _id_by("arn", _TABLE.alias("by_arn")),
+        sa.bindparam("identifier"),
+    ),
+    *(_TABLE.c[key] == sa.bindparam(key) for key in _KEY),
 )
 _STAGES = (
     sa.select(_STAGE).where(_STAGE.c.job_id == sa.bindparam("job_id")).order_by(_STAGE.c.position)
@@ -143,18 +158,37 @@ def list_jobs(
     *,
     statuses: Sequence[JobStatus] | None = None,
     **listing: Unpack[Listing],
-) -> Page[Job]:
+) -> Page[JobSummary]:
     """List an account's jobs of one kind; see `list_page`."""
-    conditions = [_TABLE.c.kind == kind]
-    if statuses is not None:
-        conditions.append(_TABLE.c.status.in_(statuses))
-    return list_page(connection, _TABLE, Job, account, region, conditions, **listing)
+    status = _TABLE.c.status
+    return list_page(
+        *(connection, _TABLE, JobSummary, account, region, [_TABLE.c.kind == kind]),
+        one_of=None if statuses is None else [status == value for value in statuses],
+        **listing,
+    )
 
 
 def stages(connection: Connection, job_id: str) -> dict[str, Stage]:
     """Return a job's stages in order."""
     rows = connection.execute(_STAGES, {"job_id": job_id})
     return {row.stage: from_row(Stage, row) for row in rows}
+
+
+def stages_of(connection: Connection, job_ids: Collection[str]) -> dict[str, dict[str, Stage]]:
+    """Return the stages of many jobs in order, by the job's id."""
+    columns = _STAGE.c
+    query = (
+        sa.select(
+            *(columns.job_id, columns.stage, columns.status),
+            *(columns.created_at, columns.last_modified_at),
+        )
+        .where(columns.job_id.in_(job_ids))
+        .order_by(columns.job_id, columns.position)
+    )
+    found: dict[str, dict[str, Stage]] = {job_id: {} for job_id in job_ids}
+    for job_id, stage, *rest in connection.execute(query):
+        found[job_id][stage] = Stage(*rest)
+    return found
 
 
 def last_speed(
@@ -521,47 +555,6 @@ def _set_live_stages(connection: Connection, job_id: str, status: str) -> None:
         .where(_STAGE.c.job_id == job_id, _STAGE.c.status.in_(("InProgress", "Stopping")))
         .values(status=status, last_modified_at=datetime.now(UTC))
     )
-
-
-def _check_names(connection: Connection, new: NewJob) -> None:
-    columns = _TABLE.c
-    mine = (columns.account == new.account, columns.region == new.region)
-    same = sa.select(columns.id).where(*mine, columns.kind == new.kind, columns.name == new.name)
-    if connection.execute(same).first() is not None:
-        raise _name_in_use("job")
-    if new.model_name is None:
-        return
-    being_made = sa.select(columns.id).where(
-        *mine, columns.model_name == new.model_name, columns.status.in_(LIVE)
-    )
-    if (
-        connection.execute(being_made).first() is not None
-        or models.get_model(connection, new.account, new.region, new.model_name) is not None
-    ):
-        raise _name_in_use("model")
-
-
-def _name_in_use(what: str) -> ConflictException:
-    # At least one widely used client tries again with a new name on exactly this text.
-    return ConflictException(f"The provided {what} name is currently in use.")
-
-
-def _check_model_quota(connection: Connection, new: NewJob, limit: int) -> None:
-    columns = _TABLE.c
-    live = sa.select(sa.func.count()).where(
-        columns.account == new.account,
-        columns.region == new.region,
-        columns.model_name.is_not(None),
-        columns.status.in_(LIVE),
-    )
-    count = models.count_models(connection, new.account, new.region) + int(
-        connection.execute(live).scalar_one()
-    )
-    if count >= limit:
-        raise ServiceQuotaExceededException(
-            f"The account has {count} custom models, those being trained included; {limit} are "
-            "allowed. Delete one, or raise the setting max_custom_models."
-        )
 
 
 def _event(connection: Connection, job_id: str, level: str, type: str, message: str) -> None:

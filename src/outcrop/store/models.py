@@ -1,7 +1,4 @@
-"""Custom models: published by the job that made them, deleted only when nothing serves them.
-
-A job that starts from a model does not keep the model from being deleted, only its files.
-"""
+"""Custom models: published by the job that made them, deleted only when nothing uses them."""
 
 from __future__ import annotations
 
@@ -13,9 +10,10 @@ from sqlalchemy import Connection
 
 from outcrop.errors import ConflictException
 from outcrop.ids import parse_arn
-from outcrop.store import deployments, tables
+from outcrop.store import tables
 from outcrop.store.database import lock_account
 from outcrop.store.listing import Listing, list_page
+from outcrop.store.model_users import users_of
 from outcrop.store.policies import remove_policy
 from outcrop.store.rows import CustomModel, NewCustomModel, Page, from_row
 from outcrop.store.tags import put_tags, remove_tags
@@ -89,7 +87,7 @@ def artifact_paths(connection: Connection) -> set[str]:
     of models, and those that jobs which have not ended start from.
     """
     used = set(connection.execute(sa.select(_TABLE.c.artifact_path)).scalars())
-    specs = sa.select(tables.job.c.spec).where(tables.job.c.ended_at.is_(None))
+    specs = sa.select(tables.job.c.spec).where(tables.being_made)
     for spec in connection.execute(specs).scalars():
         if "parent" in spec:
             used.add(spec["parent"]["artifactPath"])
@@ -100,26 +98,14 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
     """Delete a model and its tags.
 
     Raises:
-        ConflictException: provisioned throughputs or deployments use it; the message names them.
+        ConflictException: it is in use; the message names its users.
     """
     lock_account(connection, model.account, model.region)
-    columns = tables.throughput.c
-    users = sa.select(columns.name).where(
-        columns.account == model.account,
-        columns.region == model.region,
-        sa.or_(columns.model_arn == model.arn, columns.desired_model_arn == model.arn),
-    )
-    names = sorted(connection.execute(users).scalars())
-    if names:
+    users = users_of(connection, model)
+    if users:
         raise ConflictException(
-            f"The custom model {model.name} is in use by provisioned throughput: "
-            f"{', '.join(names)}. Delete that first."
-        )
-    names = deployments.names_of_users(connection, model.account, model.region, model.arn)
-    if names:
-        raise ConflictException(
-            f"The custom model {model.name} is in use by custom model deployment: "
-            f"{', '.join(names)}. Delete that first."
+            f"The custom model {model.name} is in use by {', '.join(users)}. Delete what serves "
+            "it, and stop jobs that work with it or wait for their end."
         )
     connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == model.id))
     remove_tags(connection, model.account, model.region, model.arn)

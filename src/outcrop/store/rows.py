@@ -37,6 +37,8 @@ class NewJob:
     memory_bytes: int
     model_name: str | None = None
     """Name of the model it will make."""
+    uses_model_arn: str | None = None
+    """ARN of the custom model that it works with, which cannot be deleted before the job's end."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,21 @@ class Job:
     memory_bytes: int
     run_plan: dict[str, Any]
     """What was decided for its run, once, so that every attempt computes the same."""
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """What a list says of a job: less to read than all of it."""
+
+    id: str
+    arn: str
+    name: str
+    status: JobStatus
+    spec: dict[str, Any]
+    result: dict[str, Any] | None
+    created_at: datetime
+    last_modified_at: datetime
+    ended_at: datetime | None
 
 
 @dataclass(frozen=True)

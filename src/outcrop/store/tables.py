@@ -152,20 +152,29 @@ job = sa.Table(
     _required("lost_attempts", sa.Integer, server_default="0"),
     # What was decided for its run, once: every attempt computes with it, on whatever machine.
     _required("run_plan", sa.JSON, server_default="{}"),
+    # The custom model that it works with, which stays until the job has ended.
+    sa.Column("uses_model_arn", sa.String(1011)),
     sa.UniqueConstraint("account", "region", "kind", "name"),
     sa.UniqueConstraint("account", "region", "arn"),
     sa.Index("job_queue", "status", "number"),
     sa.Index("job_turns", "account", "claim_number"),
-    sa.Index("job_list", "account", "region", "kind", "created_at", "id"),
+    # The largest of each is asked for at every creation, and at every claim.
+    sa.Index("job_number", "number"),
+    sa.Index("job_claims", "claim_number"),
+    # With the name, so that a search for a part of it reads the index alone.
+    sa.Index("job_list", "account", "region", "kind", "created_at", "id", "name"),
+    sa.Index("job_list_status", "account", "region", "kind", "status", "created_at", "id", "name"),
+    sa.Index("job_uses_model", "account", "region", "uses_model_arn"),
 )
 
-_being_made = sa.text("status IN ('queued', 'running', 'stopping')")
+being_made = sa.text("status IN ('queued', 'running', 'stopping')")
+"""In these words, because a database takes the index below only where it sees that they are its."""
 sa.Index(
     "job_model_being_made",
     *(job.c.account, job.c.region, job.c.model_name),
     unique=True,
-    sqlite_where=_being_made,
-    postgresql_where=_being_made,
+    sqlite_where=being_made,
+    postgresql_where=being_made,
 )
 
 job_stage = sa.Table(

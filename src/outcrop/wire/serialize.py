@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import cache
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -155,10 +156,10 @@ def to_json(shape: Shape, value: Any) -> Any:
         if is_document(shape):
             return value
         result: dict[str, Any] = {}
-        for name, member in shape.members.items():
+        for name, on_wire, member in _members(shape):
             item = value.get(name)
             if item is not None:
-                result[wire_name(member, name)] = to_json(member, item)
+                result[on_wire] = to_json(member, item)
         return result
     if kind == "list":
         return [to_json(shape.member, item) for item in value]
@@ -180,6 +181,13 @@ def to_json(shape: Shape, value: Any) -> Any:
         return _expect(value, int, shape)
     assert kind in ("float", "double"), f"{shape.name} is of a new type"
     return _number(float(value))
+
+
+@cache
+def _members(shape: Shape) -> tuple[tuple[str, str, Shape], ...]:
+    """Return name, name on the wire and shape of each member, worked out once: a page of 1,000 jobs
+    has 23,000 members."""
+    return tuple((name, wire_name(member, name), member) for name, member in shape.members.items())
 
 
 def dump_json(document: Any) -> bytes:
@@ -206,7 +214,8 @@ def _number(value: float) -> float | str:
 def _time(value: Any, form: str) -> str | float:
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise TypeError(f"a time must be an aware datetime, not {value!r:.100}")
-    value = value.astimezone(UTC)
+    if value.tzinfo is not UTC:
+        value = value.astimezone(UTC)
     if form == "iso8601":
         return f"{value.replace(tzinfo=None).isoformat()}Z"
     if form == "rfc822":

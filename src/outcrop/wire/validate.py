@@ -113,8 +113,8 @@ def _check_structure(
         if len(found) != 1:
             what = f"found {', '.join(found)}" if found else "found none"
             violations.append(
-                f"Value at '{shorten(where)}' failed to satisfy constraint: Exactly one member "
-                f"must be set out of [{', '.join(shape.members)}], {what}"
+                f"Value at '{shorten(where, MAX_SHOWN_VALUE)}' failed to satisfy constraint: "
+                f"Exactly one member must be set out of [{', '.join(shape.members)}], {what}"
             )
 
 

@@ -16,6 +16,7 @@ import boto3
 import uvicorn
 from botocore.config import Config
 from sqlalchemy import Engine
+from tests.protocol.answers import check_client
 
 from outcrop.api.app import create_app, listen
 from outcrop.data.records import Message, Tool
@@ -168,7 +169,7 @@ class Gateway:
             config=Config(retries={"total_max_attempts": 1}, read_timeout=read_timeout),
         )
         self.clients.append(made)
-        return made
+        return check_client(made)
 
     def user(self, name: str, action: str) -> Credentials:
         """Return the key of a new user who may do one action on everything."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from tests.unit.api.conftest import Context
 from tests.unit.jobs.memory_store import BUCKET, MemoryStore
 from tests.unit.store.build import (
@@ -24,7 +24,7 @@ from tests.unit.store.build import (
 
 from outcrop.api import base_models, custom_models, customization_jobs
 from outcrop.api.context import Services
-from outcrop.errors import AccessDeniedException, ValidationException
+from outcrop.errors import AccessDeniedException, ConflictException, ValidationException
 from outcrop.identity import accounts
 from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, role_arn
@@ -32,7 +32,7 @@ from outcrop.jobs import gc
 from outcrop.models.catalog import Catalog
 from outcrop.models.weights import SHIPPED_KEY
 from outcrop.objects.client import ObjectInfo
-from outcrop.store import jobs, models
+from outcrop.store import jobs, models, tables
 from outcrop.store.database import transaction
 from outcrop.store.rows import NewCustomModel
 
@@ -130,7 +130,18 @@ def test_a_job_that_names_no_type_is_fine_tuning(context: Context) -> None:
             },
             "cannot be customized by CONTINUED_PRE_TRAINING. Offered for it: FINE_TUNING",
         ),
-        ({"customizationType": "DISTILLATION"}, "not offered yet"),
+        (
+            {"customizationType": "DISTILLATION"},
+            "DISTILLATION is not offered yet. Offered: FINE_TUNING, CONTINUED_PRE_TRAINING",
+        ),
+        (
+            {"customizationType": "REINFORCEMENT_FINE_TUNING"},
+            "FINE_TUNING is not offered yet. Offered: FINE_TUNING, CONTINUED_PRE_TRAINING",
+        ),
+        (
+            {"customizationConfig": {"distillationConfig": {}}},
+            "distillationConfig belongs to .* Offered: FINE_TUNING, CONTINUED_PRE_TRAINING",
+        ),
     ],
 )
 def test_a_type_that_is_not_there_is_refused(
@@ -268,8 +279,8 @@ def garbage(services: Services) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize("state", ["queued", "running"])
-def test_a_deleted_parents_files_stay_until_the_jobs_that_start_from_it_have_ended(
+@pytest.mark.parametrize("state", ["queued", "running", "stopping"])
+def test_a_parent_is_in_use_until_the_jobs_that_start_from_it_have_ended(
     services: Services, context: Context, publish: Callable[..., NewCustomModel], state: str
 ) -> None:
     parent = publish("parent")
@@ -278,32 +289,45 @@ def test_a_deleted_parents_files_stay_until_the_jobs_that_start_from_it_have_end
     with transaction(services.engine) as connection:
         job = jobs.get_job(connection, ACCOUNT, REGION, "customization", made["jobArn"])
         assert job is not None
-        if state == "running":
+        if state != "queued":
             job = claimed(connection, job)
-    custom_models.delete(context("DeleteCustomModel"), {"modelIdentifier": "parent"})
-    with services.engine.connect() as connection:
-        assert models.get_model(connection, ACCOUNT, REGION, "parent") is None
+        if state == "stopping":
+            jobs.request_stop(connection, job.id)
+    caller, identifier = context("DeleteCustomModel"), {"modelIdentifier": "parent"}
+    with pytest.raises(ConflictException, match="parent is in use by model customization job job"):
+        custom_models.delete(caller, identifier)
     assert files.is_dir()
     assert files not in garbage(services)
+    with transaction(services.engine) as connection:
+        if state == "queued":
+            jobs.request_stop(connection, job.id)
+        else:
+            jobs.fail_job(connection, job.id, job.fence, "over")
+    custom_models.delete(caller, identifier)
+    assert not files.exists()
     again = customization_jobs.get(context("GetModelCustomizationJob"), {"jobIdentifier": "job"})
     assert again["baseModelArn"] == parent.arn, "what it came from is still told"
-    with transaction(services.engine) as connection:
-        if state == "running":
-            jobs.fail_job(connection, job.id, job.fence, "over")
-        else:
-            jobs.request_stop(connection, job.id)
-    assert files in garbage(services)
 
 
-def test_a_deleted_models_files_go_at_once_where_no_job_needs_them(
+def test_a_deleted_models_files_go_with_it_and_no_others_do(
     services: Services, context: Context, publish: Callable[..., NewCustomModel]
 ) -> None:
     parent, other = publish("parent"), publish("other")
-    create(context, baseModelIdentifier="parent")
     custom_models.delete(context("DeleteCustomModel"), {"modelIdentifier": "other"})
     assert not (services.settings.data_dir / other.artifact_path).exists()
     assert (services.settings.data_dir / parent.artifact_path).exists()
-    shutil.rmtree(services.settings.data_dir / parent.artifact_path)
+
+
+def test_a_model_that_is_not_active_is_no_base(
+    services: Services, context: Context, publish: Callable[..., NewCustomModel]
+) -> None:
+    publish("parent")
+    with transaction(services.engine) as connection:
+        connection.execute(sa.update(tables.custom_model).values(status="Creating"))
+    with pytest.raises(
+        ValidationException, match=r"parent is Creating\. Only a model that is Active"
+    ):
+        create(context, baseModelIdentifier="parent")
 
 
 # --- lineage --------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import anyio
 import pytest
 from starlette.requests import Request
 from starlette.types import Message
+from tests.protocol.answers import check_answer
+from tests.protocol.wires import receive
 from tests.unit.store.build import ACCOUNT, REGION, new_model
 
 from outcrop.api.context import Services
@@ -27,7 +29,7 @@ from outcrop.objects.internal import make_internal_keys
 from outcrop.processes.address import write_address
 from outcrop.store import models, tags
 from outcrop.store.database import transaction
-from outcrop.wire import sigv4
+from outcrop.wire import route, sigv4
 from outcrop.wire.serialize import HttpReply
 
 BY_NAME = f"arn:aws:bedrock:{REGION}:{ACCOUNT}:custom-model/mine"
@@ -95,6 +97,8 @@ def call(services: Services, owner: Credentials) -> Callable[..., Any]:
     def make(method: str, path: str, body: object = None, **query: str) -> Any:
         reply = Call(owner, method, path, body, query=urlencode(query)).answered(services)
         assert reply.status == 200, reply.body
+        operation = route.match(method, path).operation
+        check_answer(operation, receive(operation, reply))
         return json.loads(reply.body)
 
     return make

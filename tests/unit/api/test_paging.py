@@ -72,8 +72,22 @@ def test_text_that_is_no_token_is_refused_and_never_an_error_of_ours(text: str) 
 
 @given(st.integers(min_value=0), st.integers(min_value=1, max_value=255))
 def test_a_changed_token_is_refused(place: int, difference: int) -> None:
-    token = bytearray(make_token(CONTEXT, {}, (123, "abcdefghijkl")), "ascii")
+    token = bytearray(make_token(CONTEXT, {}, (1234, "abcdefghijkl")), "ascii")
     token[place % len(token)] ^= difference
     changed = token.decode("latin-1")
     with pytest.raises(ValidationException, match="nextToken is invalid"):
         read_token(CONTEXT, {"nextToken": changed})
+
+
+@pytest.mark.parametrize("created", [1, 12, 123])
+def test_bits_that_base64_drops_cannot_be_changed_either(created: int) -> None:
+    token = make_token(CONTEXT, {}, (created, "abcdefghijkl"))
+    plain = token.rstrip("=")
+    same = [
+        changed
+        for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+        if (changed := plain[:-1] + letter + token[len(plain) :]) != token
+    ]
+    for changed in same:
+        with pytest.raises(ValidationException, match="nextToken is invalid"):
+            read_token(CONTEXT, {"nextToken": changed})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import subprocess
 import sys
@@ -264,3 +265,21 @@ def test_processes_that_migrate_at_once_migrate_once(url: str) -> None:
 def test_naive_instant_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="aware"):
         tables.Instant().process_bind_param(datetime(2026, 1, 1), None)  # noqa: DTZ001
+
+
+def test_jobs_of_an_older_database_say_which_model_they_work_with(url: str) -> None:
+    engine = connect(url)
+    migrate(engine, migrations=MIGRATIONS[:1])
+    with transaction(engine) as connection:
+        for name in ("chained", "plain"):
+            insert_version_1_job(connection, name, created_at=1)
+        spec = json.dumps({"parent": {"modelArn": "arn:model"}})
+        chained = sa.text("UPDATE job SET spec = :spec WHERE name = 'chained'")
+        connection.execute(chained, {"spec": spec})
+    migrate(engine)
+    with engine.connect() as connection:
+        columns = tables.job.c
+        query = sa.select(columns.name, columns.uses_model_arn).order_by(columns.name)
+        rows = [tuple(row) for row in connection.execute(query)]
+    assert rows == [("chained", "arn:model"), ("plain", None)]
+    engine.dispose()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine
-from tests.unit.store.build import ACCOUNT, OTHER_ACCOUNT, REGION, queued, running
+from sqlalchemy import Engine, event
+from tests.unit.store.build import (
+    ACCOUNT,
+    OTHER_ACCOUNT,
+    REGION,
+    claimed,
+    new_job,
+    queued,
+    running,
+)
 
 from outcrop.store import jobs, tables
-from outcrop.store.database import transaction
+from outcrop.store.database import connect, migrate, transaction
 from outcrop.store.rows import Job
 
 KIND = "customization"
@@ -113,3 +125,76 @@ def test_filters_by_time_status_account_and_kind(engine: Engine) -> None:
             created_after=NOON + timedelta(seconds=1), created_before=NOON + timedelta(seconds=100)
         )
         assert between == {"j1"}
+
+
+# --- what is read -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Engine]:
+    engine = connect(f"sqlite:///{tmp_path / 'outcrop.sqlite3'}")
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@contextmanager
+def plans(engine: Engine) -> Iterator[list[str]]:
+    """Collect how SQLite carries out what is asked of it in a `with` block."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith(("SELECT", "UPDATE")):
+            asked.append((statement, parameters))
+
+    found: list[str] = []
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield found
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+    with engine.connect() as connection:
+        for statement, parameters in asked:
+            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            found.append(statement + "\n" + "\n".join(row.detail for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("filters", "index"),
+    [
+        ({}, "job_list"),
+        ({"after": (5, "a")}, "job_list"),
+        ({"ascending": True, "created_after": NOON}, "job_list"),
+        ({"name_contains": "x", "created_before": NOON}, "job_list"),
+        ({"statuses": ["failed"]}, "job_list_status"),
+        ({"statuses": ["queued", "running"], "name_contains": "x"}, "job_list_status"),
+        ({"statuses": ["queued", "running"], "after": (5, "a")}, "job_list_status"),
+    ],
+)
+def test_a_page_is_found_in_an_index_that_is_in_its_order(
+    sqlite: Engine, filters: dict[str, Any], index: str
+) -> None:
+    with plans(sqlite) as found, sqlite.connect() as connection:
+        jobs.list_jobs(connection, ACCOUNT, REGION, KIND, **filters)
+    (plan,) = found
+    lines = plan.splitlines()
+    searches = [number for number, line in enumerate(lines) if "COVERING INDEX" in line]
+    assert len(searches) == max(1, len(filters.get("statuses", ())))
+    for number in searches:
+        assert lines[number].startswith(f"SEARCH job USING COVERING INDEX {index} (account=? AND")
+        assert "B-TREE" not in lines[number + 1], "it comes in order, so it can end with the page"
+    whole = [line for line in lines if line.startswith(("SCAN job", "SEARCH job USING INDEX"))]
+    assert whole == ["SEARCH job USING INDEX sqlite_autoindex_job_1 (id=?)"], "a page of rows"
+
+
+def test_nothing_in_a_jobs_life_reads_all_jobs(sqlite: Engine) -> None:
+    with plans(sqlite) as found, transaction(sqlite) as connection:
+        new = new_job("one", uses_model_arn="arn:model")
+        job = jobs.create_job(connection, new, max_custom_models=5)
+        held = claimed(connection, job)
+        jobs.heartbeat(connection, job.id, held.fence)
+        jobs.get_job(connection, ACCOUNT, REGION, KIND, "one")
+        jobs.stages_of(connection, [job.id])
+        jobs.fail_job(connection, job.id, held.fence, "over")
+    assert len(found) > 10
+    assert [plan for plan in found if "SCAN" in plan or "kind=?)" in plan] == []

@@ -69,7 +69,10 @@ def test_used_model_is_not_deleted_and_its_users_are_named(engine: Engine) -> No
         for name in ("pt-b", "pt-a"):
             throughputs.create_throughput(connection, new_throughput(name, model.arn), **QUOTAS)
     with (
-        pytest.raises(ConflictException, match=r"mine is in use by .*: pt-a, pt-b"),
+        pytest.raises(
+            ConflictException,
+            match=r"mine is in use by provisioned throughput pt-a, provisioned throughput pt-b\. ",
+        ),
         transaction(engine) as connection,
     ):
         models.delete_model(connection, model)

@@ -62,7 +62,7 @@ def test_kinds_are_counted_listed_and_found_apart(engine: Engine) -> None:
         assert jobs.count_by_status(connection) == {"queued": 1}
         assert jobs.count_by_status(connection, DATA_TASK) == {"queued": 1}
         (found,) = jobs.list_jobs(connection, ACCOUNT, REGION, DATA_TASK).items
-        assert found == task
+        assert (found.arn, found.spec) == (task.arn, task.spec)
         assert jobs.get_job(connection, ACCOUNT, REGION, CUSTOMIZATION, task.arn) is None
         assert jobs.get_job(connection, ACCOUNT, REGION, DATA_TASK, task.arn) == task
         assert {live.kind for live in jobs.live_jobs(connection)} == {CUSTOMIZATION, DATA_TASK}

@@ -18,6 +18,7 @@ from outcrop.store.migrations import (
     m0005_api_key,
     m0006_token_usage,
     m0007_endpoints,
+    m0011_job_lists,
 )
 
 Migration = Callable[[Connection], None]
@@ -30,4 +31,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0005_api_key.apply,
     m0006_token_usage.apply,
     m0007_endpoints.apply,
+    m0011_job_lists.apply,
 )
