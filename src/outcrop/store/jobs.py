@@ -186,8 +186,8 @@ def stages_of(connection: Connection, job_ids: Collection[str]) -> dict[str, dic
         .order_by(columns.job_id, columns.position)
     )
     found: dict[str, dict[str, Stage]] = {job_id: {} for job_id in job_ids}
-    for job_id, stage, *rest in connection.execute(query):
-        found[job_id][stage] = Stage(*rest)
+    for job_id, stage, status, created_at, last_modified_at in connection.execute(query).all():
+        found[job_id][stage] = Stage(status, created_at, last_modified_at)
     return found
 
 

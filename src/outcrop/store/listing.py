@@ -14,7 +14,7 @@ from typing import Any, TypedDict, TypeVar, cast
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
 
-from outcrop.store.rows import Page, from_row
+from outcrop.store.rows import Page
 from outcrop.store.tables import to_microseconds
 
 T = TypeVar("T")
@@ -90,13 +90,11 @@ def list_page(
         every = sa.union_all(*(sa.select(keys(condition)) for condition in one_of)).subquery()
         page = in_order(sa.select(every), every).limit(limit + 1).subquery()
     names = [item.name for item in fields(cast(Any, cls))]
-    query = sa.select(
-        *(columns[name] for name in {"id": 0, "created_at": 0, **dict.fromkeys(names)})
-    )
+    query = sa.select(*(columns[name] for name in names), page.c.created_at, page.c.id)
     query = in_order(query.join(page, page.c.id == columns.id), page)
     rows = connection.execute(query).all()
-    items = [from_row(cls, row) for row in rows[:limit]]
+    items = [cls(*row[: len(names)]) for row in rows[:limit]]
     if len(rows) <= limit:
         return Page(items, None)
-    last_row: Any = rows[limit - 1]
-    return Page(items, (to_microseconds(last_row.created_at), last_row.id))
+    *_, created_at, last_id = rows[limit - 1]
+    return Page(items, (to_microseconds(created_at), last_id))

@@ -6,6 +6,7 @@ alike in every database.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -26,6 +27,10 @@ def to_microseconds(instant: datetime) -> int:
     return (instant - _EPOCH) // _MICROSECOND
 
 
+def _from_microseconds(value: int | None) -> datetime | None:
+    return None if value is None else _EPOCH + value * _MICROSECOND
+
+
 class Instant(TypeDecorator[datetime]):
     """An aware UTC datetime in Python, microseconds since 1970 in the database."""
 
@@ -39,9 +44,11 @@ class Instant(TypeDecorator[datetime]):
         assert value.tzinfo is not None, "an instant must be aware of its time zone"
         return to_microseconds(value)
 
-    def process_result_value(self, value: int | None, dialect: Any) -> datetime | None:
-        """Read an instant."""
-        return None if value is None else _EPOCH + value * _MICROSECOND
+    def result_processor(
+        self, dialect: Any, coltype: object
+    ) -> Callable[[int | None], datetime | None]:
+        """Read an instant; in one call each, because a page of 1,000 jobs has 8,000."""
+        return _from_microseconds
 
 
 metadata = sa.MetaData()
