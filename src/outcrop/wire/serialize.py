@@ -170,7 +170,7 @@ def _writer(shape: Shape) -> Callable[[Any], Any]:
         return _map_writer(shape)
     if kind == "timestamp":
         form = shape.serialization.get("timestampFormat", "unixtimestamp")
-        return lambda value: _time(value, form)
+        return _iso_8601 if form == "iso8601" else lambda value: _time(value, form)
     if kind == "blob":
         return lambda value: base64.b64encode(value).decode("ascii")
     if kind == "boolean":
@@ -232,14 +232,19 @@ def _number(value: float) -> float | str:
 def _time(value: Any, form: str) -> str | float:
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise TypeError(f"a time must be an aware datetime, not {value!r:.100}")
-    if value.tzinfo is not UTC:
-        value = value.astimezone(UTC)
+    value = value.astimezone(UTC)
     if form == "iso8601":
-        return f"{value.isoformat().removesuffix('+00:00')}Z"
+        return _iso_8601(value)
     if form == "rfc822":
         return format_datetime(value.replace(microsecond=0), usegmt=True)
     seconds: float = value.timestamp()
     return int(seconds) if seconds.is_integer() else seconds
+
+
+def _iso_8601(value: Any) -> str | float:
+    if isinstance(value, datetime) and value.tzinfo is UTC:
+        return value.isoformat()[: -len("+00:00")] + "Z"
+    return _time(value, "iso8601")
 
 
 def _payload(shape: Shape, value: Any) -> tuple[bytes, str]:
