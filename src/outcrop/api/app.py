@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -249,3 +251,15 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._on_started()
+            threading.Thread(target=_warm_up, daemon=True).start()
+
+
+def _warm_up() -> None:
+    """Load what the first request would wait for, and keep the garbage collector away from it.
+
+    85,000 objects are there by then and stay to the end. Each time the collector looked at all of
+    them, a request took 60 to 100 ms longer: one in a hundred lists of jobs.
+    """
+    route.load()
+    gc.collect()
+    gc.freeze()

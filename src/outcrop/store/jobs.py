@@ -177,16 +177,11 @@ def stages(connection: Connection, job_id: str) -> dict[str, Stage]:
 def stages_of(connection: Connection, job_ids: Collection[str]) -> dict[str, dict[str, Stage]]:
     """Return the stages of many jobs in order, by the job's id."""
     columns = _STAGE.c
-    query = (
-        sa.select(
-            *(columns.job_id, columns.stage, columns.status),
-            *(columns.created_at, columns.last_modified_at),
-        )
-        .where(columns.job_id.in_(job_ids))
-        .order_by(columns.job_id, columns.position)
-    )
+    wanted = (columns.job_id, columns.stage, *(columns[item.name] for item in fields(Stage)))
+    query = sa.select(*wanted).where(columns.job_id.in_(job_ids))
     found: dict[str, dict[str, Stage]] = {job_id: {} for job_id in job_ids}
-    for job_id, stage, status, created_at, last_modified_at in connection.execute(query).all():
+    rows = connection.execute(query.order_by(columns.job_id, columns.position)).all()
+    for job_id, stage, status, created_at, last_modified_at in rows:
         found[job_id][stage] = Stage(status, created_at, last_modified_at)
     return found
 

@@ -68,6 +68,11 @@ def match(method: str, raw_path: str) -> Route:
     return Route(target.service, target.operation, params)
 
 
+def load() -> None:
+    """Read the service models now, and not at the first request."""
+    _tree()
+
+
 @cache
 def _tree() -> _Node:
     root = _Node()
