@@ -25,7 +25,7 @@ from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from outcrop.api import handlers, runtime, targets, tools
+from outcrop.api import handlers, runtime, targets
 from outcrop.api import openai_answers as answers
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.openai_requests import Ask, model_id, parse_chat, parse_completion
@@ -41,6 +41,7 @@ from outcrop.identity.authorize import load_policies
 from outcrop.identity.policy import decide
 from outcrop.identity.principals import Principal
 from outcrop.ids import foundation_model_arn
+from outcrop.serve import tool_use as tools
 from outcrop.serve.request import Generation, TokenEvent
 from outcrop.store import deployments, models, profiles, throughputs
 from outcrop.store.rows import Page

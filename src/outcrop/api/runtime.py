@@ -7,7 +7,6 @@ loaded, and passes the request on. Weights and tokens are the server's business.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -17,39 +16,31 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 
-from outcrop.api import tools
 from outcrop.api.asked import asks, target_of
-from outcrop.api.context import Output, RequestContext, Services
+from outcrop.api.context import Output, RequestContext
 from outcrop.api.targets import Target
 from outcrop.errors import (
     ApiError,
-    ModelErrorException,
     ModelNotReadyException,
     ModelTimeoutException,
     ServingError,
     ValidationException,
 )
+from outcrop.serve import tool_use as tools
 from outcrop.serve.client import ModelClient
+from outcrop.serve.invocation import GUARDRAILS, check_ways, generation_request
 from outcrop.serve.prompt_formats import NativeRequest, format_body, parse_body
 from outcrop.serve.request import Generation, GenerationRequest, Owner, TokenEvent
-from outcrop.store import servers
-from outcrop.store.database import transaction
+from outcrop.serve.whereabouts import (
+    FIRST_LOOK_SECONDS,
+    LONGEST_LOOK_SECONDS,
+    find_server,
+    is_touch_due,
+)
 from outcrop.store.rows import TokenUsage
 from outcrop.wire.document import read_json
 from outcrop.wire.model import service_model
 from outcrop.wire.validate import validate
-
-FIRST_LOOK_SECONDS = 0.02
-LONGEST_LOOK_SECONDS = 0.25
-TOUCH_SECONDS = 5.0
-"""How exact a model server's last use is recorded: one write each so many seconds is enough."""
-
-RETRY_SECONDS = 10.0
-"""After a model server could not be started, requests are refused for so long before it is
-tried again.
-"""
-
-GUARDRAILS = "Guardrails are not offered by this service."
 
 T = TypeVar("T")
 
@@ -197,16 +188,10 @@ def _generation_request(
     context: RequestContext, target: Target, native: NativeRequest
 ) -> GenerationRequest:
     throughput = target.throughput
-    use = native.tool_use
-    return GenerationRequest(
-        tools=use.tools if use else (),
-        start=use.start if use else "",
-        shown=(use.format.marker,) if use and use.format else (),
-        messages=native.messages,
-        sampling=native.sampling,
+    return generation_request(
+        native,
         adapter=str(target.artifact) if target.artifact else None,
         adapter_digest=target.digest,
-        prompt=native.raw_prompt,
         owner=Owner(
             account=context.account,
             model=target.model_arn,
@@ -246,7 +231,11 @@ async def _ready_client(context: RequestContext, weights: str, deadline: float) 
     client = services.model_clients.get(weights)
     # Its server answers as long as it keeps a connection open; its row is looked at when its use is
     # to be written. That saves a hand-over to a thread.
-    if client is not None and client.is_connected and not _is_touch_due(services, weights):
+    if (
+        client is not None
+        and client.is_connected
+        and not is_touch_due(services.settings, weights, services.touched)
+    ):
         return client
     pause = FIRST_LOOK_SECONDS
     while True:
@@ -263,33 +252,9 @@ async def _ready_client(context: RequestContext, weights: str, deadline: float) 
 
 def _look_for_server(context: RequestContext, weights: str) -> Path | None:
     """Return where the weights' server listens; None where it is not up, and so is wanted."""
-    engine = context.services.engine
-    with engine.connect() as connection:
-        row = servers.get(connection, weights)
-    if row is not None and row.state == "failed":
-        if servers.idle_seconds(row) < RETRY_SECONDS:
-            raise ModelErrorException(
-                f"The model server could not be started: {row.error}. Its log in the data "
-                "directory has the reason."
-            )
-        row = None
-    if row is None:
-        with transaction(engine) as connection:
-            servers.want(connection, weights)
-        return None
-    if row.state != "ready" or row.address is None:
-        return None
-    if _is_touch_due(context.services, weights):
-        context.services.touched[weights] = time.monotonic()
-        with transaction(engine) as connection:
-            servers.touch(connection, weights)
-    return Path(row.address)
-
-
-def _is_touch_due(services: Services, weights: str) -> bool:
-    # A server that was used must never look idle for as long as ends it.
-    every = min(TOUCH_SECONDS, services.settings.model_idle_seconds / 4)
-    return time.monotonic() - services.touched.get(weights, -math.inf) >= every
+    services = context.services
+    row = find_server(services.settings, services.engine, weights, services.touched)
+    return None if row is None or row.address is None else Path(row.address)
 
 
 def _too_slow(seconds: float) -> ModelTimeoutException:
@@ -312,31 +277,11 @@ def refuse_what_is_not_offered(context: RequestContext, params: dict[str, Any]) 
     if accept not in ("application/json", "*/*"):
         raise ValidationException(f"accept is {accept!r}; this service answers application/json.")
     check_ways(
-        *(context, params["modelId"]),
+        *(params["modelId"], context.region),
         *(params.get("performanceConfigLatency"), params.get("serviceTier")),
     )
     if "requestMetadata" in params:
         _check_metadata(params["requestMetadata"])
-
-
-def check_ways(
-    context: RequestContext, model_id: str, latency: str | None, tier: str | None
-) -> None:
-    """Refuse ways of serving that there are not: each answer comes as fast as it can.
-
-    Raises:
-        ValidationException: names the model, what was asked for and what there is.
-    """
-    if latency not in (None, "standard"):
-        raise ValidationException(
-            f"Latency performance configuration is not supported for {model_id} in "
-            f"{context.region}. Use standard."
-        )
-    if tier not in (None, "default"):
-        raise ValidationException(
-            f"The service tier {tier} is not supported for {model_id} in {context.region}. Use "
-            "default."
-        )
 
 
 def echoed(params: dict[str, Any]) -> dict[str, Any]:

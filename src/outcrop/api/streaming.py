@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from outcrop.api import tools
 from outcrop.api.asked import asks, target_of
 from outcrop.api.context import Output, RequestContext, StreamEvent, begun
 from outcrop.api.runtime import (
@@ -18,6 +17,7 @@ from outcrop.api.runtime import (
     stream,
 )
 from outcrop.api.targets import Target
+from outcrop.serve import tool_use as tools
 from outcrop.serve.prompt_formats import FAMILIES, NativeRequest, Piece, dump, parse_body
 from outcrop.serve.prompt_formats.native import Blocks
 from outcrop.serve.request import Generation
