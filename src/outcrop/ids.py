@@ -68,6 +68,11 @@ def data_task_arn(region: str, account: str, task_id: str) -> str:
     return f"arn:aws:bedrock:{region}:{account}:data-task/{task_id}"
 
 
+def batch_job_arn(region: str, account: str, job_id: str) -> str:
+    """Return the ARN of a batch inference job."""
+    return f"arn:aws:bedrock:{region}:{account}:model-invocation-job/{job_id}"
+
+
 def custom_model_arn(region: str, account: str, base_model_id: str, model_id: str) -> str:
     """Return a custom model's ARN; the human name is never part of it."""
     return f"arn:aws:bedrock:{region}:{account}:custom-model/{base_model_id}/{model_id}"

@@ -202,6 +202,19 @@ class Settings:
     max_custom_models: int = _setting(
         "Custom models an account may hold in a region; 0 allows none.", 100, minimum=0
     )
+    batch_slots: int = _setting(
+        "Batch inference jobs that run at once; the others wait for their turn.", 2
+    )
+    min_batch_records: int = _setting(
+        "Records that a batch inference job must have. Bedrock asks for 100.", 1
+    )
+    max_batch_records: int = _setting("Records that a batch inference job may have.", 100_000)
+    max_batch_file_bytes: int = _setting(
+        "Size that one input file of a batch inference job may have, in bytes.", 1 << 30
+    )
+    max_batch_bytes: int = _setting(
+        "Size that all input files of a batch inference job may have together, in bytes.", 5 << 30
+    )
     max_job_attempts: int = _setting(
         "Attempts after which a job whose process keeps dying is failed.", 5
     )

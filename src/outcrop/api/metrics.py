@@ -91,9 +91,9 @@ CLASS_FIGURES = {
         "Tokens computed, of prompts and answers, by class.",
     ),
 }
-"""The same for the two classes, provisioned and on demand. Not for accounts or models: there may be
-any number of them, each would be a series for ever, and whoever reads this page is not asked who he
-is."""
+"""The same for the classes: provisioned, on demand and batch. Not for accounts or models: there may
+be any number of them, each would be a series for ever, and whoever reads this page is not asked who
+he is."""
 RESERVATION = (
     *("outcrop_reservation_used", GAUGE),
     "Part of what a provisioned throughput may have ahead of its rate that is used: from 1 on it "

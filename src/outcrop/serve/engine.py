@@ -36,11 +36,11 @@ from outcrop.errors import (
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES
 from outcrop.serve.backend import Backend, Part, Scores
 from outcrop.serve.fairness import (
-    ON_DEMAND,
-    PROVISIONED,
+    CLASSES,
     RETRY_SECONDS,
     FairQueue,
     Limits,
+    class_of,
 )
 from outcrop.serve.histogram import Histogram
 from outcrop.serve.interface import ClassStats, Deliver, EngineStats
@@ -52,7 +52,7 @@ from outcrop.serve.prompt import fit_request, render_prompt
 from outcrop.serve.rate import RateMeter
 from outcrop.serve.request import Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
-from outcrop.serve.sharing import rows_on_demand, share_prompts
+from outcrop.serve.sharing import batch_beside, rows_beside, share_prompts
 from outcrop.serve.task import Task
 
 logger = logging.getLogger("outcrop.model-server")
@@ -114,7 +114,7 @@ class BatchEngine:
         self._numbers = count(1)
         self._tasks: dict[int, Task] = {}
         self._queue = FairQueue(self._limits, rate=lambda: self._meter.rates.tokens_per_second)
-        self._served = dict.fromkeys((PROVISIONED, ON_DEMAND), 0)
+        self._served = dict.fromkeys(CLASSES, 0)
         self._closing = False
         self._num_requests = self._input_tokens = self._output_tokens = 0
         self._num_passes = self._num_preempted = 0
@@ -363,10 +363,14 @@ class BatchEngine:
     def _share_pass(self) -> list[tuple[int, int]]:
         """Return how many tokens of whom the next pass takes.
 
-        Those within reservations come first, of each kind answers before prompts.
+        Those within reservations come first, batch jobs last, of each kind answers before prompts.
         """
         with self._lock:
             order, first = self._queue.order(), self._queue.within_reservations()
+            batch = {number for number in order if self._queue.is_batch(number)}
+        if len(batch) < len(order):
+            beside = batch_beside(sorted(batch), self._limits.slots, self._num_passes)
+            order = [number for number in order if number not in batch or number in beside]
         answers = [number for number in order if self._tasks[number].num_left == 1]
         begun: set[bytes] = set()
         prompts = [
@@ -378,11 +382,13 @@ class BatchEngine:
         room, cost = self._backend.max_rows - len(answers), float(len(answers))
         prompt_cost = self._meter.rates.prompt_cost
         shared: list[tuple[int, int]] = []
-        for is_first in (True, False):
-            shared += [(number, 1) for number in answers if (number in first) is is_first]
-            turn = [number for number in prompts if (number in first) is is_first]
-            if first and not is_first:
-                room = min(room, rows_on_demand(self._limits.slots, cost, prompt_cost))
+        kinds = [0 if number in first else 2 if number in batch else 1 for number in order]
+        kind_of = dict(zip(order, kinds, strict=True))
+        for kind in (0, 1, 2):
+            shared += [(number, 1) for number in answers if kind_of[number] == kind]
+            turn = [number for number in prompts if kind_of[number] == kind]
+            if kind > min(kinds, default=kind):
+                room = min(room, rows_beside(self._limits.slots, cost, prompt_cost))
             wanted = [
                 (self._tasks[number].request.owner.account, self._tasks[number].num_left)
                 for number in turn
@@ -440,10 +446,9 @@ class BatchEngine:
             self._charge(number, task, rows, rows * self._meter.rates.prompt_cost)
 
     def _charge(self, number: int, task: Task, num_tokens: int, cost: float) -> None:
-        name = ON_DEMAND if task.request.owner.reservation is None else PROVISIONED
         with self._lock:
             self._queue.charge(number, cost)
-            self._served[name] += num_tokens
+            self._served[class_of(task.request.owner)] += num_tokens
 
     def _accept(self, number: int, part: Part, scores: Scores) -> None:
         """Draw a request's next token, once all before it is computed, and deliver what comes."""

@@ -10,6 +10,10 @@ among the models of one. Who comes back after a pause counts as served at least 
 served one that is busy: nobody saves up, and nobody pays for having been alone. Who holds more
 slots than another that waits gives one up.
 
+Batch jobs have what nobody else wants, shared among their owners in the same way, and give it back
+at once. So that they end on a machine that is never idle, a sixteenth of the slots is theirs while
+they want it.
+
 Knows numbers of requests, owners, costs and a clock. A cost is in tokens of answers; a token of a
 prompt costs less. Used from one thread at a time.
 
@@ -23,19 +27,22 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from outcrop.errors import ThrottlingException
 from outcrop.serve.request import Owner
 
-PROVISIONED, ON_DEMAND = "provisioned", "on_demand"
+PROVISIONED, ON_DEMAND, BATCH = "provisioned", "on_demand", "batch"
+CLASSES = (PROVISIONED, ON_DEMAND, BATCH)
 RETRY_SECONDS = 1.0
 """When a client that found a full queue is told to ask again."""
 MAX_DEBT_SECONDS = 5.0
 """A reservation whose answers went on beyond its rate pays back so much of it; the rest was lent.
 So its next request is never refused for longer. Source: botocore 1.44 waits for no longer hint."""
+BATCH_PART = 16
+"""One slot of so many is for batch jobs while they want it: none stands still."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,15 @@ class Limits:
     slots: int = 64
     """Requests that are answered at the same time."""
     max_waiting: int = 256
-    """Requests on demand that may wait; a reservation has its share of as many of its own."""
+    """Requests on demand that may wait; a reservation has its share of as many of its own, and
+    batch jobs have as many together."""
     burst_seconds: int = 30
     """A reservation that was idle for so long has saved up all that it can."""
+
+    @property
+    def batch_slots(self) -> int:
+        """Slots that batch jobs have, whatever others want; of a single one, none."""
+        return max(1, self.slots // BATCH_PART) if self.slots > 1 else 0
 
     def share(self, units: int) -> float:
         """Return which part of the machine so many units are."""
@@ -115,6 +128,9 @@ class FairQueue:
         self._rate, self._clock = rate, clock
         self._owners: dict[int, Owner] = {}
         self._accounts: dict[str, _Account] = {}
+        """Who asks on demand."""
+        self._batch: dict[str, _Account] = {}
+        """Whose batch jobs ask."""
         self._reservations: dict[str, _Reservation] = {}
 
     # --- requests come and go --------------------------------------------------------------------
@@ -128,7 +144,7 @@ class FairQueue:
         try:
             self._may_enter(owner)
         except ThrottlingException:
-            self.num_throttled[_class_of(owner)] += 1
+            self.num_throttled[class_of(owner)] += 1
             raise
 
     def enter(self, number: int, owner: Owner) -> int | None:
@@ -143,10 +159,10 @@ class FairQueue:
         """
         self.check(owner)
         displaced = None
-        if owner.reservation is None and self._is_full():
+        if owner.reservation is None and self._is_full(owner):
             displaced = self._last_of_the_longest(owner)
         if displaced is not None:
-            self.num_throttled[ON_DEMAND] += 1
+            self.num_throttled[class_of(owner)] += 1
             self.leave(displaced)
         self._lift(owner)
         self._owners[number] = owner
@@ -193,7 +209,8 @@ class FairQueue:
             line.balance = max(line.balance - cost, -debt)
         else:
             line.served += cost
-            self._accounts[self._owners[number].account].served += cost
+            owner = self._owners[number]
+            self._group(owner)[owner.account].served += cost
 
     # --- who is next, and who gives way ----------------------------------------------------------
 
@@ -206,14 +223,15 @@ class FairQueue:
         ]
         if within:
             return max(within, key=self._saved).waiting[0]
-        accounts = [account for account in self._accounts.values() if account.num_waiting]
-        if accounts:
-            account = min(accounts, key=lambda account: (account.served, account.num_active))
-            lines = [line for line in account.lines.values() if line.waiting]
-            return min(lines, key=lambda line: (line.served, len(line.active))).waiting[0]
+        batch = _next_of(self._batch)
+        if batch is not None and self.counts(BATCH)[0] < self.limits.batch_slots:
+            return batch
+        on_demand = _next_of(self._accounts)
+        if on_demand is not None:
+            return on_demand
         # Nobody else wants the slot, so a reservation may have more of them than it bought.
         beyond = [line for line in self._reservations.values() if line.waiting]
-        return max(beyond, key=self._saved).waiting[0] if beyond else None
+        return max(beyond, key=self._saved).waiting[0] if beyond else batch
 
     def within_reservations(self) -> set[int]:
         """Return the active requests that come before all others."""
@@ -225,22 +243,39 @@ class FairQueue:
         }
 
     def order(self) -> list[int]:
-        """Return the active requests: those within reservations first, each the oldest first."""
+        """Return the active requests: those within reservations first, those of batch jobs last,
+        of each kind the oldest first."""
         first = self.within_reservations()
-        return sorted(self.active, key=lambda number: (number not in first, number))
+        return sorted(
+            self.active, key=lambda number: (number not in first, self.is_batch(number), number)
+        )
+
+    def is_batch(self, number: int) -> bool:
+        """Return whether a request is of a batch job."""
+        return self._owners[number].batch
 
     def victim(self, number: int) -> int | None:
         """Return the active request that gives its place up for a waiting one, or None.
 
-        For one within a reservation that is the youngest of whoever holds the most slots on demand,
+        The first to give way are batch jobs that have more slots than are theirs. Beyond them, for
+        one within a reservation that is the youngest of whoever holds the most slots on demand,
         or outside of a reservation. For one on demand, that of a reservation with more slots than
         it bought; else only of somebody who then still has as many slots as itself: of another
-        account, or of another model of its own.
+        account, or of another model of its own. For one of a batch job that has fewer slots than
+        are theirs, whoever has most gives way; with all of them, only another batch job.
         """
-        line = self._line_of(number)
-        if isinstance(line, _Reservation):
-            if not self._is_within(line) or len(line.active) >= self._slots(line):
-                return None
+        line, owner = self._line_of(number), self._owners[number]
+        if owner.batch:
+            return self._victim_of_batch(number)
+        is_reserved = isinstance(line, _Reservation)
+        if isinstance(line, _Reservation) and (
+            not self._is_within(line) or len(line.active) >= self._slots(line)
+        ):
+            return None
+        lent = [account for account in self._batch.values() if account.num_active]
+        if sum(account.num_active for account in lent) > self.limits.batch_slots:
+            return _most(map(_holder, lent)).youngest
+        if is_reserved:
             first = self.within_reservations()
             return _most([*self._borrowed(first), *self._by_account().values()]).youngest
         borrowed = _most(
@@ -248,7 +283,19 @@ class FairQueue:
         )
         if borrowed.youngest is not None:
             return borrowed.youngest
-        holders = self._by_account()
+        return self._uneven(self._accounts, number)
+
+    def _victim_of_batch(self, number: int) -> int | None:
+        if self.counts(BATCH)[0] >= self.limits.batch_slots:
+            return self._uneven(self._batch, number)
+        first = self.within_reservations()
+        return _most([*self._borrowed(first), *self._by_account().values()]).youngest
+
+    def _uneven(self, accounts: Mapping[str, _Account], number: int) -> int | None:
+        """Return the youngest of who still has as many slots without it as the owner of a waiting
+        request has with it: of another account, or of another model of its own."""
+        line = self._line_of(number)
+        holders = {name: _holder(account) for name, account in accounts.items()}
         mine = holders.pop(self._owners[number].account, _NOBODY)
         most = _most(holders.values())
         if most.num >= mine.num + 2:
@@ -275,11 +322,11 @@ class FairQueue:
 
     def counts(self, name: str) -> tuple[int, int]:
         """Return how many requests of a class are active, and how many wait."""
-        lines = [
-            line
-            for line in self._lines()
-            if isinstance(line, _Reservation) == (name == PROVISIONED)
-        ]
+        if name == PROVISIONED:
+            lines: list[_Line] = list(self._reservations.values())
+        else:
+            accounts = self._batch if name == BATCH else self._accounts
+            lines = [line for account in accounts.values() for line in account.lines.values()]
         return sum(len(line.active) for line in lines), sum(len(line.waiting) for line in lines)
 
     def used(self) -> dict[str, float]:
@@ -295,8 +342,12 @@ class FairQueue:
 
     def _lines(self) -> Iterator[_Line]:
         yield from self._reservations.values()
-        for account in self._accounts.values():
-            yield from account.lines.values()
+        for accounts in (self._accounts, self._batch):
+            for account in accounts.values():
+                yield from account.lines.values()
+
+    def _group(self, owner: Owner) -> dict[str, _Account]:
+        return self._batch if owner.batch else self._accounts
 
     def _line_of(self, number: int) -> _Line:
         return self._line(self._owners[number])
@@ -310,15 +361,16 @@ class FairQueue:
                 self._reservations[owner.reservation] = line
             line.units = owner.units
             return line
-        account = self._accounts.setdefault(owner.account, _Account())
+        account = self._group(owner).setdefault(owner.account, _Account())
         return account.lines.setdefault(owner.model, _Line())
 
     def _may_enter(self, owner: Owner) -> None:
         if owner.reservation is None:
-            if self._is_full() and self._last_of_the_longest(owner) is None:
+            if self._is_full(owner) and self._last_of_the_longest(owner) is None:
+                waiting = self.counts(class_of(owner))[1]
                 raise _throttled(
-                    f"Too many requests: {self.counts(ON_DEMAND)[1]} are waiting for this model. "
-                    "Please wait before trying again.",
+                    f"Too many requests: {waiting} are waiting for this model. Please wait before "
+                    "trying again.",
                     RETRY_SECONDS,
                 )
             return
@@ -341,13 +393,14 @@ class FairQueue:
                 RETRY_SECONDS,
             )
 
-    def _is_full(self) -> bool:
-        return self.counts(ON_DEMAND)[1] >= self.limits.max_waiting
+    def _is_full(self, owner: Owner) -> bool:
+        return self.counts(class_of(owner))[1] >= self.limits.max_waiting
 
     def _last_of_the_longest(self, owner: Owner) -> int | None:
         """Return the youngest waiting request of the account that has most, if it has more."""
-        mine = self._accounts.get(owner.account)
-        longest = max(self._accounts.values(), key=lambda other: other.num_waiting, default=None)
+        accounts = self._group(owner)
+        mine = accounts.get(owner.account)
+        longest = max(accounts.values(), key=lambda other: other.num_waiting, default=None)
         if longest is None or longest.num_waiting < (mine.num_waiting if mine else 0) + 2:
             return None
         return max(line.waiting[-1] for line in longest.lines.values() if line.waiting)
@@ -356,9 +409,10 @@ class FairQueue:
         """Have who comes back count as served as little as the least served one that is busy."""
         if owner.reservation is not None:
             return
-        account = self._accounts.setdefault(owner.account, _Account())
+        accounts = self._group(owner)
+        account = accounts.setdefault(owner.account, _Account())
         if not account.is_busy:
-            busy = [other.served for other in self._accounts.values() if other.is_busy]
+            busy = [other.served for other in accounts.values() if other.is_busy]
             account.served = max(account.served, min(busy, default=0.0))
         line = account.lines.setdefault(owner.model, _Line())
         if not line.is_busy:
@@ -367,11 +421,12 @@ class FairQueue:
 
     def _tidy(self) -> None:
         """Forget who has nothing here, where that changes nothing for him."""
-        for account in self._accounts.values():
-            if not account.is_busy:
-                account.lines.clear()
-        if not any(account.is_busy for account in self._accounts.values()):
-            self._accounts.clear()
+        for accounts in (self._accounts, self._batch):
+            for account in accounts.values():
+                if not account.is_busy:
+                    account.lines.clear()
+            if not any(account.is_busy for account in accounts.values()):
+                accounts.clear()
         for name, line in list(self._reservations.items()):
             if not line.is_busy:
                 self._refill(line)
@@ -380,10 +435,7 @@ class FairQueue:
 
     def _by_account(self) -> dict[str, _Holder]:
         """Return the slots that are held on demand."""
-        return {
-            name: _Holder([line.active for line in account.lines.values()])
-            for name, account in self._accounts.items()
-        }
+        return {name: _holder(account) for name, account in self._accounts.items()}
 
     def _borrowed(self, first: set[int]) -> Iterator[_Holder]:
         """Yield the slots that reservations hold beyond what they bought, or beyond their rate."""
@@ -433,11 +485,28 @@ class _Holder(NamedTuple):
 _NOBODY = _Holder([])
 
 
+def _holder(account: _Account) -> _Holder:
+    return _Holder([line.active for line in account.lines.values()])
+
+
+def _next_of(accounts: Mapping[str, _Account]) -> int | None:
+    """Return the waiting request of whoever was served least."""
+    waiting = [account for account in accounts.values() if account.num_waiting]
+    if not waiting:
+        return None
+    account = min(waiting, key=lambda account: (account.served, account.num_active))
+    lines = [line for line in account.lines.values() if line.waiting]
+    return min(lines, key=lambda line: (line.served, len(line.active))).waiting[0]
+
+
 def _most(holders: Iterable[_Holder]) -> _Holder:
     return max(holders, key=lambda holder: holder.num, default=_NOBODY)
 
 
-def _class_of(owner: Owner) -> str:
+def class_of(owner: Owner) -> str:
+    """Return the class of requests that an owner's belong to."""
+    if owner.batch:
+        return BATCH
     return ON_DEMAND if owner.reservation is None else PROVISIONED
 
 

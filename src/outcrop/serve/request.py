@@ -56,6 +56,8 @@ class Owner:
     """Id of the provisioned throughput that it came by; None is on demand."""
     units: int = 0
     """Model units of that throughput."""
+    batch: bool = False
+    """Whether nobody waits for the answer: it is of a batch job, and on demand."""
 
 
 @dataclass(frozen=True)

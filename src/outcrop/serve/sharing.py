@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 LEAST_ROWS = 16
-"""Tokens of prompts on demand that a pass takes at least, whatever is reserved: none stands still.
-"""
+"""Tokens of prompts that a pass takes at least, whoever comes before them: none stands still."""
+BESIDE_PART = 4
+"""Beside others, a pass takes batch requests for one of so many slots."""
 
 
 def share_prompts(prompts: Sequence[tuple[str, int]], room: int) -> list[int]:
@@ -54,8 +55,25 @@ def max_min(wanted: Mapping[str, int], room: int) -> dict[str, int]:
     return given
 
 
-def rows_on_demand(slots: int, cost: float, prompt_cost: float) -> int:
-    """Return how many tokens of prompts on demand a pass takes beside traffic within reservations.
+def batch_beside(numbers: Sequence[int], slots: int, turn: int) -> set[int]:
+    """Return which requests of batch jobs take part in a pass that has others too.
+
+    The more a pass computes the longer it takes, and somebody waits for the others. So only some
+    do, each in its turn.
+
+    Args:
+        turn: grows by one from pass to pass.
+    """
+    most = max(1, slots // BESIDE_PART)
+    if len(numbers) <= most:
+        return set(numbers)
+    first = turn * most % len(numbers)
+    return {numbers[(first + place) % len(numbers)] for place in range(most)}
+
+
+def rows_beside(slots: int, cost: float, prompt_cost: float) -> int:
+    """Return how many tokens of prompts a pass takes beside those that come before them: on demand
+    beside reservations, batch jobs beside both.
 
     So many that it costs no more than an answer's token for each slot: then a slot of a reservation
     has at least its part of the rate, whatever others ask.

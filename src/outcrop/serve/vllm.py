@@ -41,6 +41,7 @@ from outcrop.models.operator import context_tokens
 from outcrop.models.tokenizer import Tokenizer
 from outcrop.serve.backend import Scores
 from outcrop.serve.engine import SECONDS, TOKENS, unusable
+from outcrop.serve.fairness import BATCH, ON_DEMAND, PROVISIONED, class_of
 from outcrop.serve.histogram import Counts, Histogram
 from outcrop.serve.interface import Deliver, EngineStats
 from outcrop.serve.prompt import fit_request, render_prompt
@@ -50,7 +51,7 @@ from outcrop.serve.vllm_library import MAX_ADAPTERS_KEPT, Library
 
 logger = logging.getLogger("outcrop.model-server")
 
-PROVISIONED, ON_DEMAND = 0, 1
+PRIORITIES = {PROVISIONED: 0, ON_DEMAND: 1, BATCH: 2}
 """Of two requests that wait, vLLM takes the one with the lower number."""
 MAX_WAITING = 256
 """Requests that may wait for their first token; the next one is told to try again."""
@@ -262,7 +263,7 @@ class VllmEngine:
         answer = self._library.client.generate(
             *({"prompt_token_ids": list(sequence.ids)}, params, str(number)),
             lora_request=adapter,
-            priority=ON_DEMAND if request.owner.reservation is None else PROVISIONED,
+            priority=PRIORITIES[class_of(request.owner)],
         )
         async with aclosing(answer) as outputs:
             async for output in outputs:

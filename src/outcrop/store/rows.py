@@ -12,8 +12,9 @@ import sqlalchemy as sa
 
 JobStatus = Literal["queued", "running", "stopping", "completed", "failed", "stopped"]
 T = TypeVar("T")
-CUSTOMIZATION, DATA_TASK = "customization", "data"
-"""The kinds of jobs: one trains a model, one works on data. Each kind has a line of its own."""
+CUSTOMIZATION, DATA_TASK, BATCH = "customization", "data", "batch"
+"""The kinds of jobs: one trains a model, one works on data, one asks a model. Each kind has a line
+of its own."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class NewJob:
     account: str
     region: str
     kind: str
-    """What it does: CUSTOMIZATION or DATA_TASK."""
+    """What it does: CUSTOMIZATION, DATA_TASK or BATCH."""
     arn: str
     name: str
     owner_principal: str
@@ -39,6 +40,8 @@ class NewJob:
     """Name of the model it will make."""
     uses_model_arn: str | None = None
     """ARN of the custom model that it works with, which cannot be deleted before the job's end."""
+    expires_at: datetime | None = None
+    """Until when a batch job may run."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class Job:
     memory_bytes: int
     run_plan: dict[str, Any]
     """What was decided for its run, once, so that every attempt computes the same."""
+    phase: str
+    """Of a batch job: what its status does not say by itself, see `store/batches.py`."""
+    expires_at: datetime | None
+    """Until when a batch job may run."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +291,8 @@ class UsageKey:
     """Its beginning, in UTC."""
     endpoint_arn: str = ""
     """Of the deployment or the inference profile that was asked; empty where neither was."""
+    batch: bool = False
+    """Whether a batch job asked."""
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,9 @@ job = sa.Table(
     _required("run_plan", sa.JSON, server_default="{}"),
     # The custom model that it works with, which stays until the job has ended.
     sa.Column("uses_model_arn", sa.String(1011)),
+    # Of a batch job: what its status does not say by itself, and until when it may run.
+    _required("phase", sa.String(20), server_default=""),
+    sa.Column("expires_at", Instant),
     sa.UniqueConstraint("account", "region", "kind", "name"),
     sa.UniqueConstraint("account", "region", "arn"),
     sa.Index("job_queue", "status", "number"),
@@ -382,7 +385,9 @@ token_usage = sa.Table(
     _required("output_tokens", sa.BigInteger),
     # Of the deployment or inference profile that was asked, else empty.
     _required("endpoint_arn", sa.String(1011), server_default=""),
+    # Whether a batch job asked: such tokens have a price of their own.
+    _required("batch", sa.Boolean, server_default=sa.false()),
     sa.PrimaryKeyConstraint(
-        "account", "region", "hour", "model_arn", "throughput_arn", "endpoint_arn"
+        "account", "region", "hour", "model_arn", "throughput_arn", "endpoint_arn", "batch"
     ),
 )

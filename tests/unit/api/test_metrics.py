@@ -123,7 +123,8 @@ def test_classes_are_told_apart_and_neither_accounts_nor_models_are_named(
     text = bytes(asked(served).body).decode()
     found = read(text)
     tokens = found["outcrop_class_tokens_total"]
-    labels = {name: f'weights="{WEIGHTS}",class="{name}"' for name in ("provisioned", "on_demand")}
+    names = ("provisioned", "on_demand", "batch")
+    labels = {name: f'weights="{WEIGHTS}",class="{name}"' for name in names}
     assert set(tokens) == set(labels.values())
     assert sum(tokens.values()) == figures["input_tokens"] + figures["output_tokens"]
     assert 5 < tokens[labels["provisioned"]] < tokens[labels["on_demand"]]

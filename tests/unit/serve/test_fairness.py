@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from outcrop.errors import ThrottlingException
 from outcrop.serve.fairness import (
+    BATCH,
     MAX_DEBT_SECONDS,
     ON_DEMAND,
     PROVISIONED,
@@ -403,3 +404,68 @@ class Turns(RuleBasedStateMachine):
 
 TestTurns = Turns.TestCase
 TestTurns.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+ANNAS_JOB, BERTS_JOB = (Owner(name, "model", batch=True) for name in ("anna", "bert"))
+
+
+def test_batch_jobs_fill_an_idle_machine_and_give_slots_back_at_once() -> None:
+    machine = Machine(slots=64)
+    for _ in range(80):
+        machine.ask(ANNAS_JOB, 1000)
+    machine.run(3)
+    assert machine.active(ANNAS_JOB) == 64
+    for _ in range(70):
+        machine.ask(BERT, 1000)
+    machine.admit()
+    assert (machine.active(BERT), machine.active(ANNAS_JOB)) == (60, 4)
+    assert machine.queue.order()[-4:] == [1, 2, 3, 4]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 64), st.integers(1, 90), st.integers(1, 6))
+def test_a_batch_job_ends_on_a_machine_that_is_never_idle(
+    slots: int, num_people: int, num_jobs: int
+) -> None:
+    machine = Machine(slots=slots, max_waiting=10_000)
+    for _ in range(num_people):
+        machine.ask(ANNA, 100_000)
+    machine.run(2)
+    for _ in range(num_jobs):
+        machine.ask(BERTS_JOB, 3)
+    machine.run(3 * num_jobs + 1)
+    assert not [number for number in machine.left if machine.owners[number] == BERTS_JOB]
+    assert machine.active(ANNA) == min(num_people, slots)
+
+
+def test_a_reservation_has_its_slots_whatever_batch_jobs_want() -> None:
+    machine = Machine(slots=8)
+    for _ in range(20):
+        machine.ask(ANNAS_JOB, 1000)
+    machine.run(1)
+    for _ in range(4):
+        machine.ask(reserved(), 10)
+    machine.admit()
+    assert machine.active(reserved()) == 4
+    assert machine.queue.counts(BATCH) == (4, 16)
+
+
+def test_batch_jobs_of_two_accounts_share_what_is_left() -> None:
+    machine = Machine(slots=8)
+    for owner in (ANNAS_JOB, BERTS_JOB):
+        for _ in range(20):
+            machine.ask(owner, 6)
+    machine.run(12)
+    assert machine.served[ANNAS_JOB] == machine.served[BERTS_JOB]
+
+
+def test_batch_requests_that_wait_take_no_place_of_others() -> None:
+    machine = Machine(slots=1, max_waiting=2)
+    for _ in range(2):
+        machine.ask(ANNAS_JOB, 1000)
+    with pytest.raises(ThrottlingException):
+        machine.ask(ANNAS_JOB, 1)
+    machine.ask(BERT, 1)
+    machine.ask(BERT, 1)
+    assert machine.queue.counts(ON_DEMAND) == (0, 2)
+    assert machine.queue.num_throttled == {BATCH: 1}

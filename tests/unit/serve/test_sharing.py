@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from outcrop.serve.sharing import (
     LEAST_ROWS,
+    batch_beside,
     max_min,
-    rows_on_demand,
+    rows_beside,
     share_prompts,
     share_room,
 )
@@ -70,6 +73,15 @@ def test_a_huge_prompt_leaves_room_for_those_of_other_accounts() -> None:
 def test_beside_a_reservation_a_pass_costs_no_more_than_one_of_answers(
     slots: int, cost: float, prompt_cost: float
 ) -> None:
-    rows = rows_on_demand(slots, cost, prompt_cost)
+    rows = rows_beside(slots, cost, prompt_cost)
     assert rows >= LEAST_ROWS
     assert rows == LEAST_ROWS or cost + rows * prompt_cost <= slots + 1e-9
+
+
+def test_beside_others_every_batch_request_takes_part_in_its_turn() -> None:
+    numbers = list(range(40))
+    assert batch_beside(numbers[:16], 64, 5) == set(numbers[:16])
+    passes = [batch_beside(numbers, 64, turn) for turn in range(40)]
+    assert {len(taken) for taken in passes} == {16}
+    counts = Counter(number for taken in passes for number in taken)
+    assert set(counts.values()) == {16}

@@ -19,6 +19,7 @@ from outcrop.store.migrations import (
     m0006_token_usage,
     m0007_endpoints,
     m0011_job_lists,
+    m0013_batch,
 )
 
 Migration = Callable[[Connection], None]
@@ -32,4 +33,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0006_token_usage.apply,
     m0007_endpoints.apply,
     m0011_job_lists.apply,
+    m0013_batch.apply,
 )
