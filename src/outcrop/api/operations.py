@@ -7,6 +7,7 @@ from typing import Any
 
 from outcrop.api import (
     base_models,
+    batch_jobs,
     converse,
     custom_models,
     customization_jobs,
@@ -57,6 +58,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("bedrock", "PutResourcePolicy"): resource_policies.put,
     ("bedrock", "GetResourcePolicy"): resource_policies.get,
     ("bedrock", "DeleteResourcePolicy"): resource_policies.delete,
+    ("bedrock", "CreateModelInvocationJob"): batch_jobs.create,
+    ("bedrock", "GetModelInvocationJob"): batch_jobs.get,
+    ("bedrock", "ListModelInvocationJobs"): batch_jobs.list_,
+    ("bedrock", "StopModelInvocationJob"): batch_jobs.stop,
     ("bedrock", "TagResource"): tags.tag_resource,
     ("bedrock", "UntagResource"): tags.untag_resource,
     ("bedrock", "ListTagsForResource"): tags.list_tags_for_resource,

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from outcrop.api.context import RequestContext
 from outcrop.errors import ResourceNotFoundException
 from outcrop.ids import foundation_model_arn
-from outcrop.store import deployments, jobs, models, profiles, throughputs
+from outcrop.store import batches, deployments, jobs, models, profiles, throughputs
 from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, CustomModel, Job, ProvisionedModel
 from outcrop.store.rows_endpoints import Deployment, InferenceProfile
 
@@ -53,6 +53,7 @@ def _get_task(connection: Connection, account: str, region: str, identifier: str
 
 JOB: Kind[Job] = Kind("model-customization-job", "model customization job", _get_job)
 TASK: Kind[Job] = Kind("data-task", "data task", _get_task)
+BATCH_JOB: Kind[Job] = Kind("model-invocation-job", "batch inference job", batches.get_batch)
 CUSTOM_MODEL: Kind[CustomModel] = Kind("custom-model", "custom model", models.get_model)
 THROUGHPUT: Kind[ProvisionedModel] = Kind(
     "provisioned-model", "provisioned model throughput", throughputs.get_throughput

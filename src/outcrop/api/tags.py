@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
 from outcrop.api.resources import (
+    BATCH_JOB,
     CUSTOM_MODEL,
     DEPLOYMENT,
     JOB,
@@ -28,6 +29,7 @@ TAGGABLE: tuple[Kind[Resource], ...] = (
     THROUGHPUT,
     DEPLOYMENT,
     PROFILE,
+    BATCH_JOB,
 )
 """Every kind of resource that has tags. A kind that is added adds its line here."""
 

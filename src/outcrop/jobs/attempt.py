@@ -31,11 +31,12 @@ from outcrop.errors import (
     TrainingError,
 )
 from outcrop.jobs import artifacts, customization, data_task, memory
+from outcrop.jobs.batch import stages as batch
 from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
-from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, Job
+from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, Job
 from outcrop.train.memory import is_out_of_memory, peak_memory_bytes, spoils_the_process
 from outcrop.train.portions import gibibytes
 
@@ -45,6 +46,7 @@ EXIT_UNFINISHED = 1
 STAGES: dict[str, Callable[[Settings, Engine, Job, StopFlag], None]] = {
     CUSTOMIZATION: customization.run,
     DATA_TASK: data_task.run,
+    BATCH: batch.run,
 }
 """What a job of each kind does."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -171,7 +173,7 @@ def _error_number(error: OSError | SafetensorError) -> int | None:
 
 
 def _is_task(job: Job | None) -> bool:
-    return job is not None and job.kind == DATA_TASK
+    return job is not None and job.kind != CUSTOMIZATION
 
 
 def _no_room(error: OSError | SafetensorError, made: str) -> str:

@@ -25,6 +25,9 @@ from outcrop.objects.keys import check_key
 
 TRAINING, VALIDATION = "trainingDataConfig.s3Uri", "validationDataConfig.validators.s3Uri"
 """The members of a request that name files to read."""
+BATCH_INPUT = "inputDataConfig.s3InputDataConfig.s3Uri"
+BATCH_OUTPUT = "outputDataConfig.s3OutputDataConfig.s3Uri"
+"""The members of a batch inference job that name its places."""
 
 
 def place(member: str, text: str) -> S3Uri:

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,9 +25,9 @@ from outcrop.jobs.executors.local import LocalExecutor, log_file
 from outcrop.processes.spawn import log_tail
 from outcrop.processes.supervise import describe_exit
 from outcrop.settings import Settings
-from outcrop.store import jobs
+from outcrop.store import batches, jobs
 from outcrop.store.database import check_version, connect, transaction
-from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, Job, LiveJob
+from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, Job, LiveJob
 from outcrop.train.portions import gibibytes
 
 logger = logging.getLogger("outcrop.worker")
@@ -36,12 +37,14 @@ POLL_SECONDS = 0.2
 HEARTBEAT_SECONDS = 1.0
 STOP_SECONDS = 4.0
 """From the signal to stop to SIGKILL, so that a stop takes at most 5 s."""
+BATCH_STOP_SECONDS = 120.0
+"""The same for a batch job, which hands out what was answered before it ends."""
 EXIT_SECONDS = 30.0
 """How long an attempt may take to clean up after it has ended its job."""
 PAUSE_SECONDS = 2.0
 """After a fault of the machine (database away, no process to be had), before the next try."""
 LOG_TAIL_BYTES = 600
-_KINDS = (CUSTOMIZATION, DATA_TASK)
+_KINDS = (CUSTOMIZATION, DATA_TASK, BATCH)
 KILL_SECONDS = 10.0
 """An attempt that ends so soon after the kernel ended some process for memory was that process:
 freeing gigabytes takes a moment, and nobody looks more often than POLL_SECONDS."""
@@ -114,6 +117,8 @@ class Worker:
             self._keep(held, live.get(held.job.id))
         self._recover([job for job in live.values() if job.status in jobs.HELD])
         queued = [job for job in live.values() if job.status == "queued"]
+        if any(job.kind == BATCH for job in queued):
+            self._end_expired()
         exhausted = any(job.lost_attempts >= self.settings.max_job_attempts for job in queued)
         for kind in _KINDS:
             waits = any(job.kind == kind for job in queued)
@@ -155,7 +160,8 @@ class Worker:
                 del self._held[row.id]
             elif row.status == "stopping" and held.kill_at is None:
                 logger.info("job %s is asked to stop", row.id)
-                held.kill_at = now + self._stop_seconds
+                is_batch = held.job.kind == BATCH
+                held.kill_at = now + (BATCH_STOP_SECONDS if is_batch else self._stop_seconds)
                 held.attempt.ask_to_stop()
         if held.kill_at is not None and now >= held.kill_at:
             held.attempt.kill()
@@ -237,6 +243,16 @@ class Worker:
                 if jobs.requeue(connection, job.id, job.fence, reason, heartbeat=job.heartbeat):
                     logger.warning("job %s goes back to the queue: %s", job.id, reason)
 
+    def _end_expired(self) -> None:
+        """End the batch jobs whose time was up before they began."""
+        now = datetime.now(UTC)
+        with self.engine.connect() as connection:
+            if not batches.is_any_due(connection, now):
+                return
+        with transaction(self.engine) as connection:
+            for job_id in batches.end_expired(connection, now):
+                logger.warning("the time of batch job %s was up before it began", job_id)
+
     def _claim(self, kind: str) -> None:
         while True:
             with transaction(self.engine) as connection:
@@ -259,9 +275,10 @@ class Worker:
             self._held[job.id] = _Held(job, attempt, self._clock())
 
     def _room(self, kind: str) -> queue.Capacity:
-        if kind == DATA_TASK:  # one that has ended its task, and only exits, holds up nobody
+        if kind != CUSTOMIZATION:  # one that has ended its task, and only exits, holds up nobody
             tasks = [held for held in self._held.values() if held.job.kind == kind]
-            slots = queue.TASK_SLOTS - sum(not held.ended for held in tasks)
+            most = self.settings.batch_slots if kind == BATCH else queue.TASK_SLOTS
+            slots = most - sum(not held.ended for held in tasks)
             return replace(queue.UNBOUNDED, slots=slots)
         held = [held.job for held in self._held.values() if held.job.kind == kind]
         return replace(

@@ -114,16 +114,35 @@ def record_answers(
     return True
 
 
+def complete(
+    connection: Connection, job: Job, phase: str, result: dict[str, Any], message: str
+) -> bool:
+    """End a held job whose outputs are written.
+
+    Args:
+        phase: IN_PROGRESS where every record was processed, else PARTIAL.
+        message: what came of it, in a sentence for its owner.
+    Returns:
+        False where the lease is lost or the job was asked to stop.
+    """
+    if not jobs.complete_task(connection, job.id, job.fence, result=result, message=message):
+        return False
+    connection.execute(sa.update(_TABLE).where(_TABLE.c.id == job.id).values(phase=phase))
+    return True
+
+
+def is_any_due(connection: Connection, now: datetime) -> bool:
+    """Return whether `end_expired` would end one; writes nothing."""
+    query = sa.select(_TABLE.c.id).where(*_due(now)).limit(1)
+    return connection.execute(query).first() is not None
+
+
 def end_expired(connection: Connection, now: datetime) -> list[str]:
     """Fail the waiting batch jobs whose time was up before they began; returns their ids.
 
     One that has begun and waits for its next attempt is left: that attempt hands out what there is.
     """
-    columns = _TABLE.c
-    due = (
-        *(columns.kind == BATCH, columns.status == "queued", columns.expires_at <= now),
-        columns.phase.in_(("", VALIDATING, SCHEDULED)),
-    )
+    columns, due = _TABLE.c, _due(now)
     found = connection.execute(sa.select(columns.id, columns.spec).where(*due)).all()
     ended = []
     for row in found:
@@ -143,6 +162,14 @@ def end_expired(connection: Connection, now: datetime) -> list[str]:
             events.add_event(connection, row.id, "ERROR", "Expired", message)
             ended.append(str(row.id))
     return ended
+
+
+def _due(now: datetime) -> tuple[sa.ColumnElement[bool], ...]:
+    columns = _TABLE.c
+    return (
+        *(columns.kind == BATCH, columns.status == "queued", columns.expires_at <= now),
+        columns.phase.in_(("", VALIDATING, SCHEDULED)),
+    )
 
 
 def expired_message(spec: dict[str, Any]) -> str:

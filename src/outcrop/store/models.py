@@ -91,6 +91,8 @@ def artifact_paths(connection: Connection) -> set[str]:
     for spec in connection.execute(specs).scalars():
         if "parent" in spec:
             used.add(spec["parent"]["artifactPath"])
+        if "artifactPath" in spec:  # of a batch job
+            used.add(spec["artifactPath"])
     return used
 
 
