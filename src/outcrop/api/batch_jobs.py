@@ -63,8 +63,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     _check_objects(context, params, source, output)
     job_id = new_id()
     arn = batch_job_arn(context.region, context.account, job_id)
-    job_tags = {tag["key"]: tag["value"] for tag in params.get("tags", ())}
-    tags.check_tag_count(arn, job_tags)
+    job_tags = tags.checked_tags(arn, params.get("tags", ()))
     hours = int(params.get("timeoutDurationInHours", DEFAULT_HOURS))
     new_job = NewJob(
         id=job_id,
@@ -150,6 +149,7 @@ def _model(context: RequestContext, target: Target) -> dict[str, Any]:
         "baseModelId": target.base.model_id,
         "weights": target.weights,
         "modelArn": target.model_arn,
+        "endpointArn": target.endpoint_arn,
     }
     if target.artifact is not None:
         data_dir = context.services.settings.data_dir
@@ -189,6 +189,7 @@ def _check_objects(
     objects = services.objects
     with services.engine.connect() as connection:
         role = assume_role_for_service(connection, context.account, params["roleArn"])
+        places.check_readable(connection, role, source, is_folder=True)
         places.check_writable(connection, role, output)
     places.check_bucket(objects, output)
     found = inputs.find_files(objects, source)

@@ -8,6 +8,9 @@ errors.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
+
 from sqlalchemy import Connection
 
 from outcrop.errors import (
@@ -77,8 +80,18 @@ def folder_error(uri: S3Uri, member: str) -> ValidationException:
     )
 
 
-def check_readable(connection: Connection, role: Principal, uri: S3Uri) -> None:
-    """Refuse unless the job's role may read the object."""
+def check_readable(
+    connection: Connection, role: Principal, uri: S3Uri, *, is_folder: bool = False
+) -> None:
+    """Refuse unless the job's role may read the object.
+
+    Args:
+        is_folder: whether it may be a folder, too, of which the role may read some object.
+    """
+    if is_folder and not uri.key.endswith("/"):
+        below = replace(uri, key=f"{uri.key}/")
+        with suppress(ValidationException):
+            return check_readable(connection, role, below)
     try:
         authorize(connection, role, "s3:GetObject", f"arn:aws:s3:::{uri.bucket}/{uri.key}")
     except AccessDeniedException as error:

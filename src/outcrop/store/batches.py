@@ -84,12 +84,14 @@ def record_answers(
     counted: TokenUsage,
     *,
     model_arn: str,
+    endpoint_arn: str = "",
 ) -> bool:
     """Write how far a held job is, and count the tokens that were not counted before: once.
 
     Args:
         progress: what the row says from now on.
         counted: what its answers took from the first record on, however many attempts there were.
+        model_arn, endpoint_arn: what is asked, as a `UsageKey` has it.
     Returns:
         False where the lease is lost.
     """
@@ -109,7 +111,7 @@ def record_answers(
     )
     if any(vars(added).values()):
         hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-        key = UsageKey(job.account, job.region, model_arn, "", hour, batch=True)
+        key = UsageKey(job.account, job.region, model_arn, "", hour, endpoint_arn, batch=True)
         add_usage(connection, {key: added})
     return True
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
 
 from outcrop.ids import (
+    batch_job_arn,
     custom_model_arn,
     customization_job_arn,
     data_task_arn,
@@ -17,7 +19,7 @@ from outcrop.ids import (
     provisioned_model_arn,
 )
 from outcrop.store import jobs
-from outcrop.store.rows import DATA_TASK, Job, NewCustomModel, NewJob, NewProvisionedModel
+from outcrop.store.rows import BATCH, DATA_TASK, Job, NewCustomModel, NewJob, NewProvisionedModel
 from outcrop.store.rows_endpoints import NewDeployment, NewInferenceProfile
 
 ACCOUNT, OTHER_ACCOUNT = "123456789012", "210987654321"
@@ -55,6 +57,22 @@ def new_task(name: str, account: str = ACCOUNT, **fields: Any) -> NewJob:
         "spec": {"kind": "check"},
         "stages": ("check",),
         "model_name": None,
+        **fields,
+    }
+    return new_job(name, account, **values)
+
+
+def new_batch(name: str, account: str = ACCOUNT, **fields: Any) -> NewJob:
+    """A batch job to be queued."""
+    job_id = fields.pop("id", None) or new_id()
+    values: dict[str, Any] = {
+        "id": job_id,
+        "kind": BATCH,
+        "arn": batch_job_arn(REGION, account, job_id),
+        "spec": {"timeoutDurationInHours": 24},
+        "stages": ("validation", "inference"),
+        "model_name": None,
+        "expires_at": datetime.now(UTC) + timedelta(hours=24),
         **fields,
     }
     return new_job(name, account, **values)

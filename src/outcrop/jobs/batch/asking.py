@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ MAX_ENDS = 8
 this record that ends it."""
 MAX_START_FAILURES = 5
 """How often the model server may fail to start before the job fails."""
+Connect = Callable[[Path], ModelClient]
 _AWAY = (ServingError, ModelNotReadyException, ServiceUnavailableException)
 
 
@@ -75,8 +77,15 @@ class Asked:
 class Asker:
     """Answers records; many at a time, in one event loop."""
 
-    def __init__(self, settings: Settings, engine: Engine, asked: Asked) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, asked: Asked, connect: Connect = ModelClient
+    ) -> None:
+        """
+        Args:
+            connect: makes the client of a model server's socket.
+        """
         self._settings, self._engine, self._asked = settings, engine, asked
+        self._connect = connect
         self._server: ModelServer | None = None
         self._looking = anyio.Lock()
         self._touched: dict[str, float] = {}
@@ -182,7 +191,7 @@ class Asker:
         while True:
             server = await self._ready()
             assert server.address is not None
-            client = ModelClient(Path(server.address))
+            client = self._connect(Path(server.address))
             try:
                 return tool_use.with_calls(native, await client.generate(request))
             except ThrottlingException as error:

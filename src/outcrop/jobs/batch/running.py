@@ -87,6 +87,7 @@ class Run:
             raise _first(group) from None
         await self._put_on_disk()
         if self._outcome.kind == "done":
+            assert not any(self._num_left), "every record has its answer"
             self._publish_what_is_whole()
         return self._outcome
 
@@ -107,7 +108,8 @@ class Run:
     async def _ask(self, records: Iterator[tuple[int, bytes]]) -> None:
         for number, line in records:
             given = record_of(line)["modelInput"]
-            self._answers.append(await self.asker.answer(number, given, self._seconds_left()))
+            answer = await self.asker.answer(number, given, self._seconds_left())
+            self._answers.append(answer)  # not before: the list is another one from time to time
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
         for file in self.files:

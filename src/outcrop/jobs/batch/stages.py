@@ -21,13 +21,14 @@ from outcrop.errors import LeaseLost, ModelError, ObjectStoreError, StopRequeste
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts
 from outcrop.jobs.batch import outputs
-from outcrop.jobs.batch.asking import CONVERSE, Asked, Asker
+from outcrop.jobs.batch.asking import CONVERSE, Asked, Asker, Connect
 from outcrop.jobs.batch.inputs import BatchFile
 from outcrop.jobs.batch.journal import Journal
 from outcrop.jobs.batch.looking import look_through
 from outcrop.jobs.batch.running import Outcome, Run
 from outcrop.models.catalog import load_catalog
 from outcrop.objects.client import ObjectStore, object_store
+from outcrop.serve.client import ModelClient
 from outcrop.serve.request import Owner
 from outcrop.settings import Settings
 from outcrop.store import batches, jobs
@@ -45,11 +46,13 @@ def run(
     should_stop: Callable[[], bool],
     *,
     objects: ObjectStore | None = None,
+    connect: Connect = ModelClient,
 ) -> None:
     """Take a batch job from its row to its outputs.
 
     Args:
         objects: where the job's places are; None takes the store of the settings.
+        connect: makes the client of a model server's socket; tests have one of their own.
     Raises:
         DataError, ApiError, ModelError, ObjectStoreError: the job fails, with the error's text as
             its reason. What a record is refused with is no such error.
@@ -72,7 +75,7 @@ def run(
     journal = Journal(work, sum(file.num_records for file in files), earlier)
     try:
         batch = _Batch(engine, objects, job, asked, files, journal, work)
-        batch.answer(Asker(settings, engine, asked), should_stop)
+        batch.answer(Asker(settings, engine, asked, connect), should_stop)
     finally:
         journal.close()
 
@@ -124,6 +127,7 @@ class _Batch:
             if not batches.record_answers(
                 *(connection, self.job, {"stage": INFERENCE, **counts}, self.journal.usage),
                 model_arn=self.asked.owner.model,
+                endpoint_arn=self.job.spec.get("endpointArn", ""),
             ):
                 raise LeaseLost
 
