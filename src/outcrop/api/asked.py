@@ -1,8 +1,8 @@
 """What an operation asks, found where its request is authenticated.
 
-To resolve a model's id reads the database, and so takes a thread. An operation that says so beforehand
-(`asks`) has it done by the thread that has authenticated the request: another hand-over would cost a
-part of a millisecond.
+To resolve a model's id reads the database, and so takes a thread. An operation that says so
+beforehand (`asks`) has it done by the thread that has authenticated the request: another hand-over
+would cost a part of a millisecond.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def asks(action: str) -> Callable[[T], T]:
     return mark
 
 
-def look_ahead(context: RequestContext, function: Callable[..., Any], params: dict[str, Any]) -> None:
+def look_ahead(
+    context: RequestContext, function: Callable[..., Any], params: dict[str, Any]
+) -> None:
     """Resolve what an operation asks, in a thread that may read. Raises as `resolve`."""
     action = getattr(function, _ACTION, None)
     if action is not None:

@@ -226,7 +226,8 @@ class _Connection(asyncio.Protocol):
     def _ended(self) -> Exception:
         # A socket is reset, rather than ended, when its other side is closed with bytes in it that
         # nobody has read: then the server never saw the whole request. A kept connection whose
-        # server has gone refuses them at once. Source: Linux, net/unix/af_unix.c, unix_release_sock.
+        # server has gone refuses them at once.
+        # Source: Linux, net/unix/af_unix.c, unix_release_sock.
         error: Exception
         if isinstance(self._cause, ConnectionError) and not self._has_begun:
             error = ServingError("the model server ended before it took the request")

@@ -12,9 +12,9 @@ What is refused is answered by an error event. The next request may follow on th
 one that ends while it is answered cancels its request. `GET /stats` is answered in HTTP, for the
 server's owner: `curl --unix-socket`.
 
-The engine's thread writes events to the socket by itself. That the event loop need not wake for each
-token matters: it would want a core and the interpreter's lock while all cores compute the next pass.
-The loop takes requests, and what a slow reader has left in the socket.
+The engine's thread writes events to the socket by itself. That the event loop need not wake for
+each token matters: it would want a core and the interpreter's lock while all cores compute the next
+pass. The loop takes requests, and what a slow reader has left in the socket.
 """
 
 from __future__ import annotations
@@ -334,6 +334,6 @@ def _read(read: Callable[[bytes], Any], body: bytes) -> Any:
 
 def _not_understood(head: bytes | bytearray) -> ApiError:
     return ValidationException(
-        f"A request cannot begin with {bytes(head[:80])!r}: it is one of stream, generate, count and "
-        "stats, and the number of bytes that follow."
+        f"A request cannot begin with {bytes(head[:80])!r}: it is one of stream, generate, count "
+        "and stats, and the number of bytes that follow."
     )

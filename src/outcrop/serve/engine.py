@@ -44,6 +44,7 @@ from outcrop.serve.fairness import (
 )
 from outcrop.serve.histogram import Histogram
 from outcrop.serve.interface import ClassStats, Deliver, EngineStats
+from outcrop.serve.kept import KeptMatrices
 from outcrop.serve.packed import FEW_BITS
 from outcrop.serve.paged import MAX_PAGE_BYTES, PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
@@ -80,6 +81,7 @@ class BatchEngine:
         meter: RateMeter | None = None,
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
         backend: Backend | None = None,
+        kept: KeptMatrices | None = None,
     ) -> None:
         """Load the model and start the thread.
 
@@ -91,6 +93,7 @@ class BatchEngine:
             limits: what there is to share among requests.
             meter: knows the rate of full batches; None assumes one and measures nothing.
             backend: what computes; None takes the compiled pass where it covers the model.
+            kept: where the compiled pass keeps packed matrices.
         Raises:
             ModelError: the folder's weights or tokenizer cannot be used.
         """
@@ -101,6 +104,7 @@ class BatchEngine:
             dtype=dtype,
             precision=precision,
             max_adapter_bytes=max_adapter_bytes,
+            kept=kept,
         )
         self.max_context = self._backend.max_context
         self._pool = PagePool(
@@ -520,6 +524,7 @@ def open_backend(
     precision: str = "auto",
     max_adapter_bytes: int = MAX_ADAPTER_BYTES,
     max_page_bytes: int = MAX_PAGE_BYTES,
+    kept: KeptMatrices | None = None,
 ) -> Backend:
     """Return what computes the model of a folder fastest on this machine.
 
@@ -527,6 +532,7 @@ def open_backend(
         precision: what the compiled pass holds matrices in; torch holds them in `dtype`.
         max_page_bytes: for keys and values of all sequences, where they lie in pages; one of the
             longest always fits.
+        kept: where the compiled pass keeps packed matrices.
     Raises:
         ModelError: the folder's weights cannot be used.
     """
@@ -537,6 +543,7 @@ def open_backend(
             precision=precision,
             max_adapter_bytes=max_adapter_bytes,
             max_page_bytes=max_page_bytes,
+            kept=kept,
         )
     if precision in FEW_BITS:
         logger.warning(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from outcrop.serve.formats import (
     aligned_room,
     few_bits_bytes,
 )
+from outcrop.serve.kept import wide_memory
 from outcrop.serve.sampler import Draw
 
 logger = logging.getLogger("outcrop.model-server")
@@ -181,12 +181,21 @@ class PackedModel:
         return ctypes.addressof(self._struct)
 
     @property
+    def matrices(self) -> dict[str, PackedMatrix]:
+        """All matrices, by names of their own: the embedding only where `lm_head` is not it."""
+        layers, _, _, _, lm_head, embedding = self._kept
+        found = {
+            f"{number}.{linear}": matrix
+            for number, layer in enumerate(layers)
+            for linear, matrix in zip(LINEARS, layer.matrices, strict=True)
+        }
+        found["lm_head"] = lm_head
+        return found if embedding is None else {**found, "embedding": embedding}
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the matrices and the embedding."""
-        layers, _, _, _, lm_head, embedding = self._kept
-        matrices = [matrix for layer in layers for matrix in layer.matrices]
-        table = 0 if embedding is None else embedding.num_bytes
-        return table + sum(matrix.num_bytes for matrix in (*matrices, lm_head))
+        return sum(matrix.num_bytes for matrix in self.matrices.values())
 
 
 class PackedAdapter:
@@ -363,18 +372,8 @@ def pack_few_bits(matrix_OI: Tensor, format: str, room: Room = aligned_room) -> 
 
 
 def wide_room(num_bytes: int) -> Tensor:
-    """Return so many bytes in memory of their own, in large pages where the system has them.
-
-    Matrices are read from end to end for each token; in pages of 4 KiB the processor looks up an
-    address for each of them. Memory is taken when it is first written to.
-    """
-    room = mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            room.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            logger.debug("large pages are not to be had")
-    return torch.frombuffer(room, dtype=torch.uint8, count=num_bytes)
+    """Return so many bytes in memory of their own, in large pages where the system has them."""
+    return torch.frombuffer(wide_memory(num_bytes), dtype=torch.uint8, count=num_bytes)
 
 
 def pages_of(numbers: Iterable[int]) -> ctypes.Array[ctypes.c_int32]:

@@ -16,8 +16,7 @@ Axis suffixes: O outputs, I inputs, R rank, S positions, F half the width of a h
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +101,7 @@ def pack_model(
     shape: Shape,
     weights: Mapping[str, Tensor],
     precision: str = "auto",
+    kept: Mapping[str, PackedMatrix] | None = None,
 ) -> PackedModel:
     """Pack a model's weights, which are named as in transformers.
 
@@ -109,6 +109,7 @@ def pack_model(
         precision: one of PRECISIONS. Where a pass computes in float32, auto keeps a matrix float32
             that is so and that bfloat16 would round: training that computes in float32 moves many
             weights by less than half the last place of a bfloat16 number.
+        kept: matrices that need not be packed, by the names that `PackedModel.matrices` has.
     Raises:
         ModelError: a tensor is missing or has another shape.
     """
@@ -132,7 +133,13 @@ def pack_model(
         return take(name, shape.head).float().contiguous() if name in weights else None
 
     keeps = precision == "auto" and not rounds_rows()
-    pack = partial(_pack, precision=precision, keeps=keeps)
+
+    def pack(
+        name: str, make: Callable[..., Tensor], *parts: Any, precision: str = precision
+    ) -> PackedMatrix:
+        found = (kept or {}).get(name)
+        return found or _pack(make(*parts), precision=precision, keeps=keeps)
+
     width, given_inner = shape.width, int(config["intermediate_size"])
     queries, keys = shape.heads * shape.head, shape.groups * shape.head
     outputs = {
@@ -159,10 +166,10 @@ def pack_model(
                     take(f"{prefix}post_attention_layernorm.weight", width).float().contiguous(),
                 ),
                 matrices=(
-                    pack(torch.cat(matrices["qkv"])),
-                    pack(matrices["out"][0]),
-                    pack(in_turn(matrices["gate_up"], shape.inner)),
-                    pack(wider(matrices["down"][0], shape.inner)),
+                    pack(f"{number}.qkv", torch.cat, matrices["qkv"]),
+                    pack(f"{number}.out", torch.cat, matrices["out"]),
+                    pack(f"{number}.gate_up", in_turn, matrices["gate_up"], shape.inner),
+                    pack(f"{number}.down", wider, matrices["down"][0], shape.inner),
                 ),
                 qkv_bias=bias(prefix),
                 query_norm=head_norm(f"{prefix}self_attn.q_norm.weight"),
@@ -180,10 +187,14 @@ def pack_model(
         take("model.norm.weight", width).float().contiguous(),
         cosines_SF,
         sines_SF,
-        pack(head, precision="int8" if precision == "int4" else precision),
+        pack("lm_head", lambda: head, precision="int8" if precision == "int4" else precision),
         None
         if head is embedding
-        else pack(embedding, precision="bfloat16" if precision in FEW_BITS else precision),
+        else pack(
+            "embedding",
+            lambda: embedding,
+            precision="bfloat16" if precision in FEW_BITS else precision,
+        ),
     )
 
 

@@ -20,6 +20,7 @@ from outcrop.models.artifact import check_digest, read_artifact
 from outcrop.models.lora import load_adapter
 from outcrop.serve.adapters import MAX_ADAPTER_BYTES, MAX_OWN_BYTES
 from outcrop.serve.backend import Part, Scores
+from outcrop.serve.formats import PackedMatrix
 from outcrop.serve.forward import (
     PAGE_TOKENS,
     Forward,
@@ -29,6 +30,7 @@ from outcrop.serve.forward import (
     is_compiled,
     pages_of,
 )
+from outcrop.serve.kept import KeptMatrices
 from outcrop.serve.network import default_device, read_config, read_weights, weight_bytes
 from outcrop.serve.packed import pack_adapter, pack_model, read_shape
 
@@ -85,11 +87,13 @@ class PagedBackend:
         max_adapter_bytes: int = MAX_ADAPTER_BYTES,
         max_own_bytes: int = MAX_OWN_BYTES,
         max_page_bytes: int = MAX_PAGE_BYTES,
+        kept: KeptMatrices | None = None,
     ) -> None:
         """
         Args:
             folder: the base model's, in Hugging Face's layout, of which `can_be_paged` holds.
             precision: what matrices are held in, one of packed.PRECISIONS.
+            kept: where the packed matrices are kept, if they are.
         Raises:
             ModelError: the folder's weights cannot be used.
         """
@@ -104,7 +108,7 @@ class PagedBackend:
         self.max_rows, self.num_pages = MAX_ROWS, most
         torch.set_num_threads(threads)
         self._precision = precision
-        self._base = _pack(folder, config, precision)
+        self._base = _pack_kept(folder, config, precision, kept)
         self._forward = Forward(
             self._base,
             threads=threads,
@@ -225,11 +229,36 @@ class PagedBackend:
         return pack_adapter(adapter, self._shape, self._inner)
 
 
-def _pack(folder: Path, config: Mapping[str, Any], precision: str) -> PackedModel:
+def _pack(
+    folder: Path,
+    config: Mapping[str, Any],
+    precision: str,
+    kept: Mapping[str, PackedMatrix] | None = None,
+) -> PackedModel:
     shape = read_shape(config)
     if shape is None:
         raise ModelError(f"{folder} has another architecture than the base model.")
-    return pack_model(config, shape, read_weights(folder), precision)
+    return pack_model(config, shape, read_weights(folder), precision, kept)
+
+
+def _pack_kept(
+    folder: Path, config: Mapping[str, Any], precision: str, kept: KeptMatrices | None
+) -> PackedModel:
+    """Pack a model, or take what is kept of it; what is not kept yet is."""
+    found = {} if kept is None else kept.read()
+    matrices = {
+        name: PackedMatrix(torch.frombuffer(data, dtype=torch.uint8), format)
+        for name, (format, data) in found.items()
+    }
+    model = _pack(folder, config, precision, matrices)
+    if kept is not None and not found:
+        kept.write_later(
+            {
+                name: (matrix.format, memoryview(matrix.data.numpy()))
+                for name, matrix in model.matrices.items()
+            }
+        )
+    return model
 
 
 def _make_room(

@@ -24,6 +24,7 @@ from outcrop.errors import SettingsError
 from outcrop.models.weights import ensure_weights
 from outcrop.processes.group import end_group_with_this_process
 from outcrop.serve.connections import SHORT_BYTES, Connections
+from outcrop.serve.kept import KeptMatrices, key_of
 from outcrop.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ def run_model_server(
     try:
         folder = ensure_weights(settings, weights_key)
         keep_libraries_in(kernel_folder(settings))
-        engine = open_engine(folder, weights_key, settings)
+        kept = kept_matrices(folder, weights_key, settings)
+        kept.start_reading()  # while the rest is loaded
+        engine = open_engine(folder, weights_key, settings, kept)
 
         def on_ready() -> None:
             logger.info("%s loaded in %.1f s", weights_key, time.perf_counter() - started)
@@ -118,11 +121,21 @@ def _is_own(engine: Engine) -> bool:
     return isinstance(engine, BatchEngine)
 
 
-def open_engine(folder: Path, weights_key: str, settings: Settings) -> Engine:
+def kept_matrices(folder: Path, weights_key: str, settings: Settings) -> KeptMatrices:
+    """Return where the matrices of a folder's model are kept, packed."""
+    name = f"{weights_key}-{settings.serve_weights}"
+    key = key_of(folder, settings.serve_weights)
+    return KeptMatrices(settings.data_dir / "cache" / "packed" / name, key)
+
+
+def open_engine(
+    folder: Path, weights_key: str, settings: Settings, kept: KeptMatrices | None = None
+) -> Engine:
     """Start what the settings have answer for the model of a folder.
 
     Args:
         weights_key: under which its measured rate is kept.
+        kept: where its packed matrices are kept.
     Raises:
         ModelError: it does not start on this model.
         SettingsError: it is vLLM, which is not installed.
@@ -149,6 +162,7 @@ def open_engine(folder: Path, weights_key: str, settings: Settings) -> Engine:
                 burst_seconds=settings.throughput_burst_seconds,
             ),
             meter=RateMeter(rates, fixed=settings.machine_tokens_per_second),
+            kept=kept,
         )
 
     if not wants_vllm(settings.serve_engine):

@@ -93,50 +93,47 @@ class ScriptedModelServer:
             await self._stop.wait()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
-            body = await reader.readexactly(length)
-            if head.startswith("post /count "):
-                messages, tools = messages_from_json(body)
-                self.counted.append(messages)
-                self.counted_tools.append(tools)
-                _reply(writer, 200, json.dumps({"input_tokens": 7}).encode())
-            else:
-                request = request_from_json(body)
-                self.requests.append(request)
-                if self.late_refusal and request.prompt == self.late_refusal[0]:
-                    await asyncio.wait_for(self._answered.wait(), SECONDS)
-                    error = self.late_refusal[1]
-                    _reply(writer, error.http_status, event_to_json(error))
-                else:
-                    await self._generate(reader, writer)
-                    await writer.drain()
-                    self._answered.set()
-            await writer.drain()
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                verb, size = (await reader.readuntil(b"\n")).split()
+                body = await reader.readexactly(int(size))
+                is_kept = await self._reply(verb, body, reader, writer)
+                await writer.drain()
+                if not is_kept:
+                    break
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
-    async def _generate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.events and isinstance(self.events[0], ApiError):
-            _reply(writer, self.events[0].http_status, event_to_json(self.events[0]))
-            return
-        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    async def _reply(
+        self,
+        verb: bytes,
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> bool:
+        """Answer a request; False where the connection ends with it."""
+        if verb == b"count":
+            messages, tools = messages_from_json(body)
+            self.counted.append(messages)
+            self.counted_tools.append(tools)
+            writer.write(json.dumps({"input_tokens": 7}).encode() + b"\n")
+            return True
+        request = request_from_json(body)
+        self.requests.append(request)
+        if self.late_refusal and request.prompt == self.late_refusal[0]:
+            await asyncio.wait_for(self._answered.wait(), SECONDS)
+            writer.write(event_to_json(self.late_refusal[1]))
+            return True
         for event in self.events:
-            line = event_to_json(event)
-            writer.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+            writer.write(event_to_json(event))
             await writer.drain()
-        if self.ending == "done":
-            writer.write(b"0\r\n\r\n")
-        elif self.ending == "wait":
+        refused = bool(self.events) and isinstance(self.events[-1], ApiError)
+        if self.ending == "wait" and not refused:
             await reader.read()
             self.was_left.set()
-
-
-def _reply(writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
-    head = f"HTTP/1.1 {status} x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    writer.write(head.encode() + b"\r\n\r\n" + body)
+        self._answered.set()
+        return self.ending == "done" or refused
 
 
 @dataclass(frozen=True)
