@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import httpx
 import uvicorn
@@ -70,7 +70,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             async with services.usage.flushing(engine):
                 yield services
             services.close_model_clients()
-            await anyio.sleep(0)  # in which they are closed
+            await anyio.lowlevel.checkpoint()  # in which they are closed
         finally:
             engine.dispose()
 

@@ -48,4 +48,6 @@ async def target_of(context: RequestContext, identifier: str, action: str) -> Ta
     Raises as `resolve`.
     """
     found: Target | None = context.resolved.get((identifier, action))
-    return found or await anyio.to_thread.run_sync(resolve, context, identifier, action)
+    if found is None:
+        found = await anyio.to_thread.run_sync(resolve, context, identifier, action)
+    return found

@@ -46,6 +46,8 @@ LOOK_SECONDS = 0.1
 MAX_KILLED_STARTS = 3
 """A model server that was killed while it loaded is started again; after so many times in a row
 its requests are told so. One that ends by itself has a reason, which is told at once."""
+RECENT_SECONDS = 10.0
+"""A model server that was used within so many seconds, and is killed, is started again at once."""
 FIRST_CLEANING_SECONDS, CLEANING_SECONDS = 60.0, 3600.0
 """When `outcrop gc` runs by itself after the start, and how often from then on."""
 STORE, WORKER, CLEANING = embedded.NAME, "worker", "gc"
@@ -190,8 +192,11 @@ class _Service:
             killed and self._failed_starts[row.key] < MAX_KILLED_STARTS
         )
         with transaction(self.engine) as connection:
-            if again:  # the row goes, and whoever waits for the server writes it anew
+            if again:
                 servers.remove(connection, row.key)
+                if killed and row.state == "ready" and servers.idle_seconds(row) < RECENT_SECONDS:
+                    # Who was answered asks again, so it is started before they come.
+                    servers.want(connection, row.key)
             else:
                 how = describe_exit(exit_code) if exit_code else "no trace"
                 servers.mark_failed(connection, row.key, f"it ended with {how}")

@@ -170,7 +170,7 @@ def _read(file: Path, key: str) -> Matrices:
                 if not (more := os.preadv(stream.fileno(), [data[read:]], places[number] + read)):
                     return False
                 read += more
-            return hashlib.sha256(data).hexdigest() == entries[number][3]
+            return bool(hashlib.sha256(data).hexdigest() == entries[number][3])
 
         with ThreadPoolExecutor(THREADS) as threads:
             if not all(list(threads.map(read_one, range(len(entries))))):

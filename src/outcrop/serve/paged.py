@@ -254,7 +254,7 @@ def _pack_kept(
     if kept is not None and not found:
         kept.write_later(
             {
-                name: (matrix.format, memoryview(matrix.data.numpy()))
+                name: (matrix.format, matrix.data.numpy().data)
                 for name, matrix in model.matrices.items()
             }
         )

@@ -19,7 +19,7 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import ModelServer
 
 FIRST_LOOK_SECONDS = 0.02
-LONGEST_LOOK_SECONDS = 0.25
+LONGEST_LOOK_SECONDS = 0.1
 """Between two looks for a server that is being started: more each time, up to so many."""
 TOUCH_SECONDS = 5.0
 """How exact a model server's last use is recorded: one write each so many seconds is enough."""

@@ -46,6 +46,8 @@ ANSWER: tuple[Event, ...] = (
 )
 """Two pieces, and a last one that was held back."""
 SECONDS = 20.0
+Ending = Literal["done", "once", "cut", "wait"]
+"""After the events: keep the connection, end it, likewise, or wait for the client to go away."""
 
 
 class ScriptedModelServer:
@@ -54,11 +56,11 @@ class ScriptedModelServer:
     def __init__(self, socket: Path) -> None:
         self.socket = socket
         self.events: tuple[Event, ...] = ANSWER
-        self.ending: Literal["done", "cut", "wait"] = "done"
-        """After the events: end well, hang up, or wait for the client to go away."""
+        self.ending: Ending = "done"
         self.late_refusal: tuple[object, ApiError] | None = None
         """A prompt, and how it is refused, once another request has its whole answer."""
         self.requests: list[GenerationRequest] = []
+        self.num_connections = 0
         self.counted: list[tuple[Message, ...]] = []
         self.counted_tools: list[tuple[Tool, ...]] = []
         self.was_left = threading.Event()
@@ -71,9 +73,7 @@ class ScriptedModelServer:
         self._thread.start()
         assert self._up.wait(SECONDS)
 
-    def script(
-        self, *events: Event, ending: Literal["done", "cut", "wait"] = "done"
-    ) -> ScriptedModelServer:
+    def script(self, *events: Event, ending: Ending = "done") -> ScriptedModelServer:
         """Answer so from now on, and forget what was asked."""
         self.events, self.ending, self.late_refusal = events, ending, None
         self.requests.clear()
@@ -93,6 +93,7 @@ class ScriptedModelServer:
             await self._stop.wait()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 verb, size = (await reader.readuntil(b"\n")).split()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import anyio
 import pytest
 from tests.unit.api.conftest import Context
+from tests.unit.api.runtime_gateway import WEIGHTS, Gateway, running_gateway
 
 from outcrop.api import runtime, targets
 from outcrop.api.context import Services
@@ -35,3 +37,29 @@ def test_a_server_that_says_it_is_ready_and_does_not_answer_is_given_up(
 
     with pytest.raises(ModelNotReadyException, match="does not answer"):
         asyncio.run(ask())
+
+
+def ask(gateway: Gateway) -> None:
+    body = json.dumps({"inputText": "Hello"})
+    model = "amazon.titan-text-lite-v1"
+    assert gateway.client().invoke_model(modelId=model, body=body)["body"].read()
+
+
+def test_requests_after_the_first_keep_its_connection_and_look_at_no_row(tmp_path: Path) -> None:
+    """Each of the two would cost a hand-over between threads, and more."""
+    with running_gateway(tmp_path) as gateway:
+        ask(gateway)
+        with transaction(gateway.engine) as connection:
+            servers.remove(connection, WEIGHTS)
+        for _ in range(3):
+            ask(gateway)
+        assert len(gateway.model.requests) == 4
+        assert gateway.model.num_connections == 1
+
+
+def test_a_server_that_has_gone_is_looked_for_again(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway:
+        gateway.model.ending = "once"  # answered, then the connection ends
+        for _ in range(3):
+            ask(gateway)
+        assert gateway.model.num_connections == 3

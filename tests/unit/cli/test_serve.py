@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,30 @@ def test_a_model_server_that_was_killed_while_it_loads_is_wanted_again(service: 
     found = [end_while_starting(service, -signal.SIGKILL) for _ in range(MAX_KILLED_STARTS)]
     assert found == [*[""] * (MAX_KILLED_STARTS - 1), "failed"]
     assert end_while_starting(service, -signal.SIGKILL) == "", "it is counted anew"
+
+
+def test_a_model_server_that_is_killed_at_work_is_started_before_anybody_asks(
+    service: _Service,
+) -> None:
+    def end(exit_code: int, *, idle: bool = False) -> str:
+        with transaction(service.engine) as connection:
+            servers.want(connection, "tiny")
+            servers.mark_starting(connection, "tiny", "tiny.sock")
+            servers.mark_ready(connection, "tiny", 7)
+            row = servers.get(connection, "tiny")
+        assert row is not None
+        if idle:
+            row = replace(row, last_used_at=row.last_used_at - timedelta(minutes=1))
+        status = ChildStatus("model-server:tiny", ChildState.ENDED, None, exit_code, 1, "")
+        service._server_ended(row, status)
+        with transaction(service.engine) as connection:
+            after = servers.get(connection, "tiny")
+            servers.remove(connection, "tiny")
+        return after.state if after is not None else ""
+
+    assert end(-signal.SIGKILL) == "wanted"
+    assert end(-signal.SIGKILL, idle=True) == "", "nobody used it"
+    assert end(0) == "", "it ended by itself"
 
 
 def test_a_model_server_that_ends_by_itself_while_it_loads_has_failed(service: _Service) -> None:
