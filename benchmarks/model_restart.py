@@ -2,10 +2,10 @@
 
     python -m benchmarks.model_restart [--rounds 5]
 
-A start is from the process to its first figures over the socket, of the shipped model: with nothing
-kept of it, and with its packed matrices on disk. Then a service answers streams, the model server is
-killed, and the time to the end of the next short answer is taken. Every stream must have ended with
-the modelled error.
+A start is from the process to its first figures over the socket, of the shipped model: with
+nothing kept of it, and with its packed matrices on disk. Then a service answers streams, the model
+server is killed, and the time to the end of the next short answer is taken. It is counted how many
+streams ended with the modelled error.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def main() -> None:
     ]
     write_result(
         "model_restart",
-        f"{options.rounds} of each. A start: from the process to its first figures over the socket. "
-        f"After a kill: {STREAMS} streams were under way, of which {errors} of "
+        f"{options.rounds} of each. A start: from the process to its first figures over the "
+        f"socket. After a kill: {STREAMS} streams were under way, of which {errors} of "
         f"{STREAMS * options.rounds} ended with modelStreamErrorException; boto3's client asks "
         "at once, and as it does by itself.",
         rows,
@@ -116,7 +116,7 @@ async def answers(socket: Path) -> bool:
 
 
 def kill_under_load(service: Running, data_dir: Path) -> tuple[float, int]:
-    """Return the seconds from the kill to the next answer, and how many streams said what it was."""
+    """Return the seconds from the kill to the next answer, and how many streams were told."""
     runtime = boto3.client("bedrock-runtime", **service.credentials())
     ask(runtime)
     begun = threading.Barrier(STREAMS + 1)

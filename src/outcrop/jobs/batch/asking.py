@@ -134,7 +134,7 @@ class Asker:
             await anyio.to_thread.run_sync(self._find)
 
     def _find(self) -> ModelServer | None:
-        return find_server(self._engine, self._asked.weights, self._touched)
+        return find_server(self._settings, self._engine, self._asked.weights, self._touched)
 
     async def _ready(self) -> ModelServer:
         async with self._looking:  # one looks, the others wait for what it finds
