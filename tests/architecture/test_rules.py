@@ -113,6 +113,7 @@ BROAD = {
     "api/openai.py": "the same, in OpenAI's form",
     "api/s3.py": "the same, in S3's form",
     "models/fused.py": "whatever keeps torch from compiling a function, the plain one runs",
+    "serve/connections.py": "a request that fails is told so, and the log why",
     "serve/engine.py": "one request fails as ModelErrorException, the others go on",
     "serve/plain.py": "one part of a pass fails, the others go on",
     "serve/rate.py": "a rate that cannot be measured is assumed, and requests are answered",
