@@ -15,7 +15,7 @@ from outcrop.api.resources import BATCH_JOB, find
 from outcrop.api.targets import Target, resolve
 from outcrop.errors import ConflictException, ValidationException
 from outcrop.identity.authorize import assume_role_for_service
-from outcrop.ids import S3Uri, batch_job_arn, new_id
+from outcrop.ids import S3Uri, batch_job_arn, new_id, parse_arn
 from outcrop.jobs import places
 from outcrop.jobs.batch import inputs, outputs
 from outcrop.jobs.batch.stages import INFERENCE, VALIDATION
@@ -82,12 +82,13 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         stages=(VALIDATION, INFERENCE),
         cores=_CORES,
         memory_bytes=_MEMORY_BYTES,
+        uses_model_arn=None if _kind(target) == "foundation-model" else target.model_arn,
         expires_at=datetime.now(UTC) + timedelta(hours=hours),
     )
     with transaction(services.engine) as connection:
         # Held to the end: the model cannot be deleted before the row that needs it is there.
         lock_account(connection, context.account, context.region)
-        if target.artifact is not None and find_replay(connection, token) is None:
+        if _kind(target) == "custom-model" and find_replay(connection, token) is None:
             there = models.get_model(connection, context.account, context.region, target.model_arn)
             if there is None:
                 raise ValidationException(
@@ -156,6 +157,13 @@ def _model(context: RequestContext, target: Target) -> dict[str, Any]:
         found["artifactPath"] = str(target.artifact.relative_to(data_dir))
         found["artifactDigest"] = target.digest
     return found
+
+
+def _kind(target: Target) -> str:
+    """Return what kind of model is asked, as its ARN names it."""
+    parsed = parse_arn(target.model_arn)
+    assert parsed is not None
+    return parsed.resource_type
 
 
 def _places(context: RequestContext, params: dict[str, Any]) -> tuple[S3Uri, S3Uri]:

@@ -13,11 +13,15 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from outcrop.store import deployments, tables
-from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, CustomModel
+from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, CustomModel
 
 LIMIT_NAMED = 5
 """Users of one kind that a message names; a thousand jobs would fill it."""
-_JOB_NOUNS = {CUSTOMIZATION: "model customization job", DATA_TASK: "data task"}
+_JOB_NOUNS = {
+    CUSTOMIZATION: "model customization job",
+    DATA_TASK: "data task",
+    BATCH: "batch inference job",
+}
 
 
 def users_of(connection: Connection, model: CustomModel) -> list[str]:

@@ -15,7 +15,7 @@ from outcrop.store.database import lock_account
 from outcrop.store.listing import Listing, list_page
 from outcrop.store.model_users import users_of
 from outcrop.store.policies import remove_policy
-from outcrop.store.rows import BATCH, CustomModel, NewCustomModel, Page, from_row
+from outcrop.store.rows import CustomModel, NewCustomModel, Page, from_row
 from outcrop.store.tags import put_tags, remove_tags
 
 _TABLE = tables.custom_model
@@ -109,23 +109,6 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
             f"The custom model {model.name} is in use by {', '.join(users)}. Delete what serves "
             "it, and stop jobs that work with it or wait for their end."
         )
-    names = _batch_jobs(connection, model)
-    if names:
-        raise ConflictException(
-            f"The custom model {model.name} is in use by batch inference job: "
-            f"{', '.join(names)}. Wait for its end or stop it first."
-        )
     connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == model.id))
     remove_tags(connection, model.account, model.region, model.arn)
     remove_policy(connection, model.account, model.region, model.arn)
-
-
-def _batch_jobs(connection: Connection, model: CustomModel) -> list[str]:
-    """Return the names of the batch jobs that ask a model and have not ended."""
-    columns = tables.job.c
-    live = sa.select(columns.name, columns.spec).where(
-        *(columns.account == model.account, columns.region == model.region),
-        *(columns.kind == BATCH, columns.ended_at.is_(None)),
-    )
-    rows = connection.execute(live.order_by(columns.name))
-    return [row.name for row in rows if row.spec["modelArn"] == model.arn]

@@ -74,19 +74,32 @@ class Asked:
     """Whether records have the form of Converse, not of the family's own body."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Server:
+    """A model server that was found, and the connections to it."""
+
+    row: ModelServer
+    client: ModelClient
+
+    async def lives(self) -> bool:
+        """Return whether it is still the same one, after it failed on a request."""
+        try:
+            return bool((await self.client.stats())["pid"] == self.row.pid)
+        except (ServingError, ModelErrorException):
+            return False
+
+
 class Asker:
     """Answers records; many at a time, in one event loop."""
 
-    def __init__(
-        self, settings: Settings, engine: Engine, asked: Asked, connect: Connect = ModelClient
-    ) -> None:
+    def __init__(self, settings: Settings, engine: Engine, asked: Asked, connect: Connect) -> None:
         """
         Args:
             connect: makes the client of a model server's socket.
         """
         self._settings, self._engine, self._asked = settings, engine, asked
         self._connect = connect
-        self._server: ModelServer | None = None
+        self._server: _Server | None = None
         self._looking = anyio.Lock()
         self._touched: dict[str, float] = {}
         self._start_failures = 0
@@ -117,14 +130,14 @@ class Asker:
         tokens = found[0].input_tokens, sum(item.output_tokens for item in found)
         return Answer(number, content, False, *tokens)
 
-    async def server(self) -> ModelServer:
-        """Return the model server; wait for it where it does not run.
+    async def find_server(self) -> None:
+        """Wait until the model server runs.
 
         Raises:
             ModelErrorException: it cannot be started.
         """
         try:
-            return await self._ready()
+            await self._ready()
         except _Unstartable as error:
             raise error.reason from error
 
@@ -136,7 +149,12 @@ class Asker:
     def _find(self) -> ModelServer | None:
         return find_server(self._settings, self._engine, self._asked.weights, self._touched)
 
-    async def _ready(self) -> ModelServer:
+    def close(self) -> None:
+        """End the connections that were kept."""
+        if self._server is not None:
+            self._server.client.close()
+
+    async def _ready(self) -> _Server:
         async with self._looking:  # one looks, the others wait for what it finds
             while self._server is None:
                 self._server = await self._look()
@@ -144,7 +162,7 @@ class Asker:
                     await anyio.sleep(LONGEST_LOOK_SECONDS)
             return self._server
 
-    async def _look(self) -> ModelServer | None:
+    async def _look(self) -> _Server | None:
         try:
             found = await anyio.to_thread.run_sync(self._find)
         except ModelErrorException as error:
@@ -154,9 +172,10 @@ class Asker:
             logger.warning("%s", error)
             await anyio.sleep(RETRY_SECONDS)
             return None
-        if found is not None:
-            self._start_failures = 0
-        return found
+        if found is None or found.address is None:
+            return None
+        self._start_failures = 0
+        return _Server(found, self._connect(Path(found.address)))
 
     def _read(self, model_input: dict[str, Any]) -> tuple[dict[str, Any], NativeRequest]:
         asked = self._asked
@@ -190,10 +209,8 @@ class Asker:
         failures = ends = 0
         while True:
             server = await self._ready()
-            assert server.address is not None
-            client = self._connect(Path(server.address))
             try:
-                return tool_use.with_calls(native, await client.generate(request))
+                return tool_use.with_calls(native, await server.client.generate(request))
             except ThrottlingException as error:
                 wanted = error.members.get("retryAfterSeconds")
                 await anyio.sleep(wanted if isinstance(wanted, float | int) else 1.0)
@@ -201,7 +218,7 @@ class Asker:
             except _AWAY:
                 pass
             except ModelErrorException as error:
-                if await _lives(client, server):
+                if await server.lives():
                     failures += 1
                 else:
                     ends += 1
@@ -210,6 +227,7 @@ class Asker:
                 logger.warning("a record is asked again: %s", error)
             if self._server is server:
                 self._server = None
+                server.client.close()
             await anyio.sleep(LONGEST_LOOK_SECONDS)
 
 
@@ -219,11 +237,3 @@ class _Unstartable(Exception):
     def __init__(self, reason: ModelErrorException) -> None:
         super().__init__(reason.message)
         self.reason = reason
-
-
-async def _lives(client: ModelClient, server: ModelServer) -> bool:
-    """Return whether a model server that failed on a request is still the same one."""
-    try:
-        return bool((await client.stats())["pid"] == server.pid)
-    except (ServingError, ModelErrorException):
-        return False

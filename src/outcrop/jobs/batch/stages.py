@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -25,7 +26,7 @@ from outcrop.jobs.batch.asking import CONVERSE, Asked, Asker, Connect
 from outcrop.jobs.batch.inputs import BatchFile
 from outcrop.jobs.batch.journal import Journal
 from outcrop.jobs.batch.looking import look_through
-from outcrop.jobs.batch.running import Outcome, Run
+from outcrop.jobs.batch.running import NUM_UNDER_WAY, Outcome, Run
 from outcrop.models.catalog import load_catalog
 from outcrop.objects.client import ObjectStore, object_store
 from outcrop.serve.client import ModelClient
@@ -37,6 +38,7 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import Job
 
 VALIDATION, INFERENCE = "validation", "inference"
+_CONNECT: Connect = partial(ModelClient, keeps=NUM_UNDER_WAY)
 
 
 def run(
@@ -46,7 +48,7 @@ def run(
     should_stop: Callable[[], bool],
     *,
     objects: ObjectStore | None = None,
-    connect: Connect = ModelClient,
+    connect: Connect = _CONNECT,
 ) -> None:
     """Take a batch job from its row to its outputs.
 
@@ -109,6 +111,7 @@ class _Batch:
             *(should_stop, self.job.expires_at),
         )
         outcome = Outcome("expired") if _is_late(self.job) else anyio.run(running.run)
+        asker.close()
         if outcome.kind == "done":
             self._complete(running.published)
         elif outcome.kind == "expired":
