@@ -219,6 +219,22 @@ class Settings:
         "Attempts after which a job whose process keeps dying is failed.", 5
     )
     max_body_bytes: int = _setting("Largest body of a Bedrock request, in bytes.", 25_000_000)
+    invocation_log_seconds: int = _setting(
+        "How long records of invocation logging are gathered before they are written to the "
+        "owner's bucket as one object; 0 writes each at once.",
+        10,
+        minimum=0,
+    )
+    invocation_log_spool_bytes: int = _setting(
+        "Bytes of records that may wait in the data directory for the object store; beyond that, "
+        "records are dropped and counted.",
+        268_435_456,
+    )
+    delivery_hours: int = _setting(
+        "Hours after which an invocation log that its bucket does not take is given up and "
+        "counted.",
+        24,
+    )
     keep_log_bytes: int = _setting(
         "Size at which a process's log file is rotated, in bytes.", 10_000_000
     )

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from outcrop.api import handlers, metrics, openai
 from outcrop.api.context import Services
 from outcrop.api.event_stream import EventStreamResponse, StreamReply
+from outcrop.api.log_spool import InvocationLog
 from outcrop.api.s3 import s3_request
 from outcrop.api.s3_actions import OWN_PATHS
 from outcrop.api.signed import signed_request
@@ -59,6 +60,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     timeout = httpx.Timeout(None, connect=5.0)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
         try:
+            log = InvocationLog(settings, engine, lambda: services.objects)
             services = Services(
                 settings=settings,
                 engine=engine,
@@ -66,9 +68,11 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
                 backend=backend(settings),
                 http=http,
                 page_key=page_key(settings),
+                invocation_log=log,
             )
             async with services.usage.flushing(engine):
-                yield services
+                with log.running():
+                    yield services
             services.close_model_clients()
             await anyio.lowlevel.checkpoint()  # in which they are closed
         finally:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import httpx
 from sqlalchemy import Connection, Engine
 
+from outcrop.api.log_spool import InvocationLog
 from outcrop.api.usage import UsageMeter
 from outcrop.identity.authorize import authorize
 from outcrop.identity.principals import Principal
@@ -46,6 +47,8 @@ class Services:
     """Signs the tokens of paged lists."""
     usage: UsageMeter = field(default_factory=UsageMeter)
     """Counts the tokens of answers."""
+    invocation_log: InvocationLog | None = None
+    """Takes what is logged of invocations; None logs none."""
     touched: dict[str, float] = field(default_factory=dict)
     """By the key of base weights: when the use of their model server was last written, on the
     monotonic clock."""
@@ -80,6 +83,14 @@ class Services:
             client.close()
 
 
+@dataclass
+class Tally:
+    """The tokens that a request took so far."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 @dataclass(frozen=True)
 class RequestContext:
     """One authenticated request."""
@@ -97,6 +108,7 @@ class RequestContext:
     """UTC instant at which the request's head had arrived."""
     resolved: dict[tuple[str, str], Any] = field(default_factory=dict)
     """By id and action: what ids stand for, as far as it was found beforehand (`asked.py`)."""
+    tally: Tally = field(default_factory=Tally)
 
     def require(self, connection: Connection, action: str, resource: str) -> None:
         """Refuse with AccessDeniedException unless the caller may do `action` on `resource`."""

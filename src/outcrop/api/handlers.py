@@ -24,6 +24,7 @@ from botocore.model import OperationModel
 from sqlalchemy.exc import OperationalError
 from starlette.requests import ClientDisconnect, Request
 
+from outcrop.api import invocation_logs
 from outcrop.api.asked import look_ahead
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.event_stream import StreamReply
@@ -78,6 +79,8 @@ class AsyncCall:
     model: OperationModel
     function: AsyncOperation
     params: dict[str, Any]
+    entry: invocation_logs.Entry | None
+    """What is logged of it; None where nothing is."""
 
 
 @dataclass
@@ -142,7 +145,10 @@ async def _call(
     done = await anyio.to_thread.run_sync(_run, services, signed, body, trace)
     if isinstance(done, HttpReply):
         return done
-    output = await while_connected(request, done.function(done.context, done.params))
+    answer = done.function(done.context, done.params)
+    if done.entry is not None:
+        answer = invocation_logs.logged(done.entry, done.model, answer)
+    output = await while_connected(request, answer)
     head = serialize.serialize_output(
         done.model, output.members, trace.request_id, extra_headers=output.headers
     )
@@ -182,7 +188,8 @@ def _run(
     call = _prepare(services, signed, body, trace)
     if inspect.iscoroutinefunction(call.function):
         look_ahead(call.context, call.function, call.params)
-        return AsyncCall(call.context, call.model, call.function, call.params)
+        entry = invocation_logs.begin(services.invocation_log, call.context, call.params, body)
+        return AsyncCall(call.context, call.model, call.function, call.params, entry)
     members = cast(SyncOperation, call.function)(call.context, call.params)
     return serialize.serialize_output(call.model, members, trace.request_id)
 

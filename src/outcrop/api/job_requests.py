@@ -15,6 +15,12 @@ from outcrop.api.resources import CUSTOM_MODEL
 from outcrop.errors import ModelError, ValidationException
 from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, foundation_model_arn
+from outcrop.jobs.log_inputs import (
+    check_config,
+    check_source_present,
+    check_source_readable,
+    logs_config,
+)
 from outcrop.jobs.parents import describe_parent, plan_parent
 from outcrop.jobs.places import (
     TRAINING,
@@ -51,6 +57,8 @@ class Prepared:
     output: S3Uri
     spec: dict[str, Any]
     """What the job's row records of it, beside the members as they were sent."""
+    from_logs: bool = False
+    """Whether `training` are invocation logs: one, or a prefix of them."""
 
 
 def prepare(connection: Connection, context: RequestContext, params: dict[str, Any]) -> Prepared:
@@ -73,7 +81,9 @@ def prepare(connection: Connection, context: RequestContext, params: dict[str, A
     )
     role = assume_role_for_service(connection, context.account, params["roleArn"])
     training, validation, output = _places(params)
-    for uri in (training, *validation):
+    if logs_config(params) is not None:
+        check_source_readable(connection, role, training)
+    for uri in validation if logs_config(params) else (training, *validation):
         check_readable(connection, role, uri)
     check_writable(connection, role, output)
     root_arn = foundation_model_arn(context.region, base.customization_id)
@@ -88,7 +98,8 @@ def prepare(connection: Connection, context: RequestContext, params: dict[str, A
         "userHyperParameters": params.get("hyperParameters", {}),
         **lineage,
     }
-    return Prepared(base, parent, plan, training, tuple(validation), output, spec)
+    from_logs = logs_config(params) is not None
+    return Prepared(base, parent, plan, training, tuple(validation), output, spec, from_logs)
 
 
 def check_objects(objects: ObjectStore, prepared: Prepared) -> None:
@@ -99,7 +110,10 @@ def check_objects(objects: ObjectStore, prepared: Prepared) -> None:
         ObjectStoreError: the store is away.
     """
     check_bucket(objects, prepared.output)
-    check_present(objects, prepared.training, TRAINING)
+    if prepared.from_logs:
+        check_source_present(objects, prepared.training)
+    else:
+        check_present(objects, prepared.training, TRAINING)
     for uri in prepared.validation:
         check_present(objects, uri, VALIDATION)
 
@@ -197,11 +211,6 @@ def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None
             "customModelKmsKeyId is not supported yet: custom models are not encrypted with a "
             "key of yours. Leave it out to accept that."
         )
-    if "invocationLogsConfig" in params["trainingDataConfig"]:
-        raise ValidationException(
-            "trainingDataConfig.invocationLogsConfig is not supported yet. Give "
-            "trainingDataConfig.s3Uri."
-        )
     if len(_validators(params)) > 1:
         raise ValidationException(
             f"validationDataConfig.validators has {len(_validators(params))} entries; one is "
@@ -214,13 +223,18 @@ def _validators(params: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _places(params: dict[str, Any]) -> tuple[S3Uri, list[S3Uri], S3Uri]:
-    training = params["trainingDataConfig"].get("s3Uri")
-    if training is None:
+    named, logs = params["trainingDataConfig"].get("s3Uri"), logs_config(params)
+    if (named is None) is (logs is None):
         raise ValidationException(
-            "trainingDataConfig.s3Uri must name the training data, a JSONL file."
+            "trainingDataConfig must name the training data once: s3Uri, a JSONL file, or "
+            "invocationLogsConfig."
         )
+    if logs is not None:
+        training = check_config(logs, params.get("customizationType", FINE_TUNING))
+    else:
+        training = file_place(TRAINING, named)
     return (
-        file_place(TRAINING, training),
+        training,
         [file_place(VALIDATION, validator["s3Uri"]) for validator in _validators(params)],
         output_place("outputDataConfig.s3Uri", params["outputDataConfig"]["s3Uri"]),
     )

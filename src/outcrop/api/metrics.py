@@ -10,6 +10,7 @@ Source: Prometheus documentation, "Exposition formats" and "Metric and label nam
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outcrop.api.context import Services
+from outcrop.api.log_spool import spool_folder
 from outcrop.errors import AccessDeniedException, ApiError, ServingError
 from outcrop.identity.api_keys import authenticate_api_key, bearer_key
 from outcrop.serve.client import ModelClient
 from outcrop.store import jobs, servers
+from outcrop.store.delivery import total_counts
+from outcrop.store.spool import folder_bytes
 
 PATH = "/metrics"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -112,6 +116,14 @@ SERVER_HISTOGRAMS = {
     "outcrop_pass_tokens": ("pass_tokens", "Tokens that a pass computed."),
 }
 UP = ("outcrop_model_server_up", GAUGE, "1 where a ready model server answers, else 0.")
+DELIVERIES = (
+    *("outcrop_deliveries_total", COUNTER),
+    "Records of invocation logging, and events, by what came of them.",
+)
+SPOOL = (
+    *("outcrop_invocation_log_spool_bytes", GAUGE),
+    "Records of invocation logging that wait in the data directory for the object store.",
+)
 JOBS = ("outcrop_jobs", GAUGE, "Customization jobs, by the state of their row.")
 
 
@@ -125,7 +137,7 @@ async def metrics_page(request: Request, services: Services) -> Response:
             "--bearer` prints one).\n",
             401,
         )
-    ready, states = await anyio.to_thread.run_sync(_look, services)
+    ready, states, deliveries = await anyio.to_thread.run_sync(_look, services)
     figures: dict[str, dict[str, Any] | None] = dict.fromkeys(ready)
 
     async def ask(weights: str, socket: Path) -> None:
@@ -138,7 +150,8 @@ async def metrics_page(request: Request, services: Services) -> Response:
     async with anyio.create_task_group() as group:
         for weights, socket in ready.items():
             group.start_soon(ask, weights, socket)
-    text = "\n".join([*_lines(figures, states), ""])
+    waiting = await anyio.to_thread.run_sync(folder_bytes, spool_folder(services.settings))
+    text = "\n".join([*_lines(figures, states), *_delivery_lines(deliveries, waiting), ""])
     return Response(text, media_type=CONTENT_TYPE)
 
 
@@ -159,12 +172,15 @@ def _may_read(request: Request, services: Services) -> bool:
             return False
 
 
-def _look(services: Services) -> tuple[dict[str, Path], Mapping[str, int]]:
+def _look(
+    services: Services,
+) -> tuple[dict[str, Path], Mapping[str, int], Mapping[tuple[str, str], int]]:
     with services.engine.connect() as connection:
         rows = servers.list_servers(connection)
         states = jobs.count_by_status(connection)
+        deliveries = total_counts(connection)
     ready = {row.key: Path(row.address) for row in rows if row.state == "ready" and row.address}
-    return ready, states
+    return ready, states, deliveries
 
 
 def _lines(
@@ -194,6 +210,18 @@ def _lines(
     yield from _head(*JOBS)
     for status, count in sorted(states.items()):
         yield f"{JOBS[0]}{_labels(status=status)} {count}"
+
+
+def _delivery_lines(deliveries: Mapping[tuple[str, str], int], waiting: int) -> Iterator[str]:
+    kinds: Counter[tuple[str, str]] = Counter()
+    for (channel, outcome), number in deliveries.items():
+        # Of a webhook only that it is one: its URL is nobody's business who reads this page.
+        kinds[channel.partition(":")[0], outcome] += number
+    yield from _head(*DELIVERIES)
+    for (channel, outcome), number in sorted(kinds.items()):
+        yield f"{DELIVERIES[0]}{_labels(channel=channel, outcome=outcome)} {number}"
+    yield from _head(*SPOOL)
+    yield f"{SPOOL[0]} {waiting}"
 
 
 def _histogram(name: str, weights: str, found: Mapping[str, Any]) -> Iterator[str]:

@@ -25,7 +25,7 @@ from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from outcrop.api import handlers, runtime, targets
+from outcrop.api import handlers, invocation_logs, runtime, targets
 from outcrop.api import openai_answers as answers
 from outcrop.api.context import RequestContext, Services
 from outcrop.api.openai_requests import Ask, model_id, parse_chat, parse_completion
@@ -73,6 +73,8 @@ class _Work:
     target: targets.Target
     ask: Ask
     reply: answers.Reply
+    entry: invocation_logs.Entry | None
+    """What is logged of it; None where nothing is."""
 
 
 class Answer:
@@ -84,6 +86,7 @@ class Answer:
         self._status = 0
         self._caller = "-"
         self._send: Send = _unset
+        self._entry: invocation_logs.Entry | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, and write the request's line in the log, which has nothing of its body."""
@@ -117,7 +120,7 @@ class Answer:
         if not isinstance(done, _Work):
             await self._send_whole(200, done)
         elif done.ask.stream:
-            await handlers.while_connected(request, self._stream(done))
+            await handlers.while_connected(request, self._stream_logged(done))
         else:
             await self._send_whole(200, await handlers.while_connected(request, _whole(done)))
 
@@ -154,6 +157,7 @@ class Answer:
             target,
             _checked(context, target, parse(target.base, value)),
             answers.Reply(kind, name),
+            invocation_logs.begin(self._services.invocation_log, context, {"modelId": name}, body),
         )
 
     def _authenticate(self, signed: SignedRequest) -> Principal:
@@ -184,6 +188,13 @@ class Answer:
         )
 
     # --- sending ---------------------------------------------------------------------------------
+
+    async def _stream_logged(self, work: _Work) -> None:
+        if work.entry is not None:
+            work.entry.is_stream = True
+        self._entry = work.entry
+        async with invocation_logs.following(work.entry):
+            await self._stream(work)
 
     async def _stream(self, work: _Work) -> None:
         """Send the answers as they come. What is refused before the first token has its status.
@@ -238,6 +249,8 @@ class Answer:
     async def _send_event(self, chunk: dict[str, Any], ask: Ask) -> None:
         if ask.include_usage:
             chunk["usage"] = None  # says that one will come
+        if self._entry is not None:
+            self._entry.chunks.append(chunk)
         await self._send_part(answers.event(chunk))
 
     async def _send_part(self, body: bytes, *, more: bool = True) -> None:
@@ -282,6 +295,14 @@ async def _unset(message: Any) -> None:
 
 
 async def _whole(work: _Work) -> dict[str, Any]:
+    async with invocation_logs.following(work.entry):
+        answer = await _ask_whole(work)
+        if work.entry is not None:
+            work.entry.answer = lambda: answer
+    return answer
+
+
+async def _ask_whole(work: _Work) -> dict[str, Any]:
     ask = work.ask
     ended: dict[int, Generation] = {}
 

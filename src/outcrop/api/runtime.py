@@ -170,6 +170,8 @@ async def _counted(
                 yield event
     finally:
         if last is not None:
+            context.tally.input_tokens += last.input_tokens if with_prompt else 0
+            context.tally.output_tokens += last.output_tokens
             context.services.usage.count(
                 context.account,
                 context.region,

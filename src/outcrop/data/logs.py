@@ -77,6 +77,7 @@ def log_rows(
     *,
     matches: Filter | None = None,
     use_prompt_response: bool = True,
+    fetch: Callable[[str], Any] | None = None,
 ) -> Iterator[Row]:
     """Yield the calls of a log, as training records.
 
@@ -86,6 +87,8 @@ def log_rows(
         matches: which calls are taken, by their metadata; None takes all. Others are passed over.
         use_prompt_response: whether the logged answer is taken; without it only what was asked is,
             for a teacher to answer.
+        fetch: gives the body that lies at a URI, or raises Unusable; None refuses calls whose
+            bodies lie in objects of their own.
     """
     with data.open() as stream:
         for line in scan_lines(stream, data.name):
@@ -98,7 +101,8 @@ def log_rows(
             if matches and not matches(metadata if isinstance(metadata, dict) else {}):
                 continue
             try:
-                messages = read_call(line.value, answered=use_prompt_response)
+                value = line.value if fetch is None else _with_bodies(line.value, fetch)
+                messages = read_call(value, answered=use_prompt_response)
                 yield Row(data.name, line.number, write_messages(messages, target))
             except Unusable as error:
                 yield Row(data.name, line.number, None, error.finding)
@@ -129,6 +133,19 @@ def read_call(value: Mapping[str, Any], *, answered: bool = True) -> tuple[Messa
     return (*asked, Message("assistant", answer))
 
 
+def _with_bodies(value: Mapping[str, Any], fetch: Callable[[str], Any]) -> dict[str, Any]:
+    """Return a call with the bodies that lie elsewhere."""
+    whole = dict(value)
+    if value.get("errorCode"):
+        return whole  # it is left out anyway
+    for side in ("input", "output"):
+        held = value.get(side)
+        path = held.get(f"{side}BodyS3Path") if isinstance(held, dict) else None
+        if isinstance(held, dict) and isinstance(path, str) and f"{side}BodyJson" not in held:
+            whole[side] = {**held, f"{side}BodyJson": fetch(path)}
+    return whole
+
+
 def _body(value: Mapping[str, Any], side: str) -> Any:
     held = value.get(side)
     if not isinstance(held, dict):
@@ -155,7 +172,13 @@ def _read_body(body: Any) -> tuple[Message, ...]:
     if isinstance(body.get("prompt"), str):
         return parse_prompt("llama", body["prompt"])
     if isinstance(body.get("messages"), list):
-        return (*_system(body.get("system")), *(_turn(turn) for turn in body["messages"]))
+        turns = body["messages"]
+        if turns and isinstance(turns[0], dict) and turns[0].get("role") in ("system", "developer"):
+            return (
+                Message("system", _text(turns[0].get("content"), "system")),
+                *map(_turn, turns[1:]),
+            )
+        return (*_system(body.get("system")), *map(_turn, turns))
     names = ", ".join(sorted(map(str, body))[:5])
     raise Unusable("unsupported_block", f"Its input is of no known text model; it has {names}.")
 
@@ -203,6 +226,10 @@ def _read_answer(body: Any) -> str:
         return _text(message.get("content"), "output")
     if isinstance(body.get("content"), list):  # Claude
         return _text(body["content"], "output")
+    if isinstance(body.get("choices"), list):  # the OpenAI-style paths
+        if len(body["choices"]) != 1:
+            raise Unusable("missing_output", f"It has {len(body['choices'])} answers, not one.")
+        return _choice(body["choices"][0], "message")
     for key, inner in (("results", "outputText"), ("generations", "text"), ("outputs", "text")):
         found = body.get(key)
         if isinstance(found, list):  # Titan, Cohere, Mistral
@@ -215,6 +242,20 @@ def _read_answer(body: Any) -> str:
     raise Unusable("missing_output", f"Its output is of no known text model; it has {names}.")
 
 
+def _choice(choice: Any, name: str) -> str:
+    """Return the text of one answer in OpenAI's form, or of a part of it."""
+    if not isinstance(choice, dict):
+        raise Unusable("wrong_type", f"An answer is {kind_of(choice)}, not an object.")
+    if choice.get("index"):
+        raise Unusable("missing_output", "It has several answers, not one.")
+    held = choice.get(name)
+    if not isinstance(held, dict):
+        return str(choice.get("text") or "")
+    if held.get("tool_calls"):
+        raise Unusable("unsupported_block", "The answer calls a tool; only text is taken.")
+    return str(held.get("content") or "")
+
+
 def _refuse_tools(body: Mapping[str, Any]) -> None:
     reason = body.get("stopReason") or body.get("stop_reason")
     if reason in ("tool_use", "malformed_tool_use", "guardrail_intervened", "content_filtered"):
@@ -225,6 +266,8 @@ def _chunk(chunk: Any) -> str:
     """Return the text of one part of a stream."""
     if not isinstance(chunk, dict):
         raise Unusable("wrong_type", f"A part of its output is {kind_of(chunk)}, not an object.")
+    if isinstance(chunk.get("choices"), list):  # the OpenAI-style paths
+        return "".join(_choice(choice, "delta") for choice in chunk["choices"])
     delta = chunk.get("delta")
     if "contentBlockDelta" in chunk:  # Converse, Nova
         held = chunk["contentBlockDelta"]

@@ -49,6 +49,12 @@ def validation_uri(spec: Mapping[str, Any]) -> S3Uri | None:
     return parse_s3_uri(validators[0]["s3Uri"]) if validators else None
 
 
+def training_uri(spec: Mapping[str, Any]) -> S3Uri | None:
+    """Return where the training data are, or None where they are made of invocation logs."""
+    named = spec["trainingDataConfig"].get("s3Uri")
+    return None if named is None else parse_s3_uri(named)
+
+
 def check_places(
     engine: Engine, objects: ObjectStore, account: str, spec: Mapping[str, Any]
 ) -> S3Uri:
@@ -60,10 +66,12 @@ def check_places(
         ValidationException: a place is gone, or the role may not.
         ObjectStoreError: the store does not answer.
     """
-    training = places.file_place(places.TRAINING, spec["trainingDataConfig"]["s3Uri"])
     output = places.output_place("outputDataConfig.s3Uri", spec["outputDataConfig"]["s3Uri"])
     validation = validation_uri(spec)
-    members = [(training, places.TRAINING)]
+    members = []
+    if training_uri(spec) is not None:
+        training = places.file_place(places.TRAINING, spec["trainingDataConfig"]["s3Uri"])
+        members.append((training, places.TRAINING))
     if validation is not None:
         members.append((validation, places.VALIDATION))
     with engine.connect() as connection:
@@ -85,14 +93,13 @@ def fetch_inputs(
     digests: DataDigests,
     should_stop: Callable[[], bool],
 ) -> tuple[Input, ...]:
-    """Copy the data files of a job into a folder: the training data first.
+    """Copy the data files of a job into a folder: the training data first, where they are a file.
 
     Raises:
         ObjectStoreError: an object is gone, or the store does not answer.
         StopRequested: `should_stop` answered True between two blocks.
     """
-    uris = [(TRAINING, parse_s3_uri(spec["trainingDataConfig"]["s3Uri"]))]
-    uris.append((VALIDATION, validation_uri(spec)))
+    uris = ((TRAINING, training_uri(spec)), (VALIDATION, validation_uri(spec)))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return tuple(

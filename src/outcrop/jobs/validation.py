@@ -38,6 +38,7 @@ from outcrop.jobs.inputs import (
     fetch_inputs,
     validation_uri,
 )
+from outcrop.jobs.log_inputs import fetch_logs, logs_config
 from outcrop.jobs.parents import parent_artifact, plan_parent
 from outcrop.models.catalog import BaseModel
 from outcrop.models.weights import ensure_weights
@@ -120,6 +121,9 @@ def begin(
     digests = DataDigests()
     folder = artifacts.input_folder(settings, job.id, job.fence)
     inputs = fetch_inputs(objects, job.spec, folder, digests, should_stop)
+    if logs_config(job.spec) is not None:
+        logged = fetch_logs(engine, objects, job, base, folder, digests, should_stop)
+        inputs = (logged, *inputs)
     digests.check(job.run_plan.get("data", {}))
     return Start(output, weights, plan, parent, inputs, digests)
 

@@ -391,3 +391,56 @@ token_usage = sa.Table(
         "account", "region", "hour", "model_arn", "throughput_arn", "endpoint_arn", "batch"
     ),
 )
+
+invocation_logging = sa.Table(
+    "invocation_logging",
+    metadata,
+    *_scope(),
+    _required("config", sa.JSON),
+    _required("updated_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region"),
+)
+
+delivery_count = sa.Table(
+    "delivery_count",
+    metadata,
+    *_scope(),
+    # What is delivered to where: "invocation-logs", or a target of events.
+    _required("channel", sa.String(128)),
+    _required("outcome", sa.String(32)),
+    _required("number", sa.BigInteger),
+    _required("last_at", Instant),
+    _required("detail", sa.Text),
+    sa.PrimaryKeyConstraint("account", "region", "channel", "outcome"),
+)
+
+event_outbox = sa.Table(
+    "event_outbox",
+    metadata,
+    sa.Column(
+        "id",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=True,
+    ),
+    *_scope(),
+    _required("event_id", sa.String(36), unique=True),
+    _required("job_id", sa.String(12)),
+    _required("at", Instant),
+    # What changes of a job, as it stood; the rest never changes and is read from the job's row.
+    _required("snapshot", sa.JSON),
+)
+
+event_settled = sa.Table(
+    "event_settled",
+    metadata,
+    *_scope(),
+    _required("outbox_id", sa.BigInteger),
+    _required("target", sa.String(128)),
+    # "delivered", or "dead": given up.
+    _required("outcome", sa.String(16)),
+    _required("detail", sa.Text),
+    _required("at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "outbox_id", "target"),
+    sa.Index("event_settled_outbox", "outbox_id"),
+)

@@ -358,3 +358,43 @@ def test_models_are_listed_by_their_direct_base_and_by_the_model_at_their_root(
     assert listed(baseModelArnEquals=parent.arn) == {"child"}, "deleting it changes no child"
     found = custom_models.get(context("GetCustomModel"), {"modelIdentifier": "child"})
     assert found["baseModelArn"] == parent.arn
+
+
+# --- training on invocation logs ------------------------------------------------------------------
+
+
+def logs(source: str = f"s3://{BUCKET}/logs", **more: Any) -> dict[str, Any]:
+    config = {"usePromptResponse": True, "invocationLogSource": {"s3Uri": source}, **more}
+    return {"invocationLogsConfig": config}
+
+
+def test_a_job_can_train_on_invocation_logs_and_shows_that(
+    services: Services, context: Context
+) -> None:
+    services.objects.write(S3Uri(BUCKET, "logs/AWSLogs/a.json.gz"), b"x")
+    config = logs(requestMetadataFilters={"equals": {"team": "red"}})
+    made = create(context, trainingDataConfig=config)
+    assert made["trainingDataConfig"] == config
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (logs(f"s3://{BUCKET}/empty"), "There are no invocation logs at"),
+        (logs("s3://gone/logs"), "There are no invocation logs at"),
+        (logs(usePromptResponse=False), "usePromptResponse must be true"),
+        (logs(requestMetadataFilters={"equals": {}}), "requestMetadataFilters"),
+        ({**logs(), "s3Uri": f"s3://{BUCKET}/train.jsonl"}, "must name the training data once"),
+        ({}, "must name the training data once"),
+    ],
+)
+def test_logs_that_cannot_be_trained_on_are_refused_at_once(
+    context: Context, config: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValidationException, match=said):
+        create(context, trainingDataConfig=config)
+
+
+def test_logs_are_no_documents(context: Context) -> None:
+    with pytest.raises(ValidationException, match="is for FINE_TUNING here"):
+        create(context, trainingDataConfig=logs(), customizationType="CONTINUED_PRE_TRAINING")

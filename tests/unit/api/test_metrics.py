@@ -215,5 +215,7 @@ def test_every_figure_is_documented() -> None:
         metrics.UP[0],
         metrics.JOBS[0],
         metrics.RESERVATION[0],
+        metrics.DELIVERIES[0],
+        metrics.SPOOL[0],
     }
     assert set(re.findall(r"`(outcrop_[a-z_]+)`", text)) == names

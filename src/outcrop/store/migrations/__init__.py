@@ -18,6 +18,7 @@ from outcrop.store.migrations import (
     m0005_api_key,
     m0006_token_usage,
     m0007_endpoints,
+    m0009_delivery,
     m0011_job_lists,
     m0013_batch,
 )
@@ -32,6 +33,7 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0005_api_key.apply,
     m0006_token_usage.apply,
     m0007_endpoints.apply,
+    m0009_delivery.apply,
     m0011_job_lists.apply,
     m0013_batch.apply,
 )
