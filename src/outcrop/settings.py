@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import platformdirs
 
@@ -231,9 +232,36 @@ class Settings:
         268_435_456,
     )
     delivery_hours: int = _setting(
-        "Hours after which an invocation log that its bucket does not take is given up and "
-        "counted.",
+        "Hours after which an invocation log that its bucket does not take, or an event that its "
+        "receiver does not take, is given up and counted.",
         24,
+    )
+    event_webhook_urls: str = _setting(
+        "URLs that are sent the events of jobs, separated by commas.",
+        "",
+        form=(
+            r"(https?://[^\s,/@]+[^\s,@]*(\s*,\s*https?://[^\s,/@]+[^\s,@]*)*)?",
+            "URLs that begin with http:// or https://, without a user's name",
+        ),
+    )
+    event_webhook_secret: str = _setting(
+        "Secret with which events sent to webhooks are signed (HMAC-SHA256); empty signs none.",
+        "",
+        secret=True,
+    )
+    event_webhook_allow: str = _setting(
+        "Webhooks that may be on this machine's loopback, on a link-local address or on a port of "
+        "this service: host or host:port, separated by commas.",
+        "",
+        form=(r"[A-Za-z0-9.:_,\[\] -]*", "names and addresses, separated by commas"),
+    )
+    event_s3_uri: str = _setting(
+        "Prefix s3://bucket/prefix below which each event of a job is written as an object.",
+        "",
+        form=(
+            r"(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/\S*)?)?",
+            "a URI such as s3://bucket/prefix",
+        ),
     )
     keep_log_bytes: int = _setting(
         "Size at which a process's log file is rotated, in bytes.", 10_000_000
@@ -374,6 +402,11 @@ def _check(settings: Settings) -> None:
             raise SettingsError(f"{item.name} must be at least {minimum}, not {value}.")
         if form is not None and not re.fullmatch(form[0], value):
             raise SettingsError(f"{item.name} must be {form[1]}, not {value!r}.")
+    for url in settings.event_webhook_urls.split(","):
+        try:
+            _ = urlsplit(url.strip()).port
+        except ValueError as error:
+            raise SettingsError(f"event_webhook_urls: {error}.") from None
     for name, most in (("vllm_max_rank", 512), ("vllm_memory_percent", 100)):
         if getattr(settings, name) > most:
             raise SettingsError(f"{name} is {getattr(settings, name)}; {most} is the most.")

@@ -187,8 +187,9 @@ def _run(
     """Do all of an ordinary operation, or all but the call of one that waits for a model."""
     call = _prepare(services, signed, body, trace)
     if inspect.iscoroutinefunction(call.function):
-        look_ahead(call.context, call.function, call.params)
         entry = invocation_logs.begin(services.invocation_log, call.context, call.params, body)
+        with invocation_logs.noting_refusal(entry):
+            look_ahead(call.context, call.function, call.params)
         return AsyncCall(call.context, call.model, call.function, call.params, entry)
     members = cast(SyncOperation, call.function)(call.context, call.params)
     return serialize.serialize_output(call.model, members, trace.request_id)

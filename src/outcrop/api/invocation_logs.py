@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,6 +149,19 @@ def _metadata(value: object) -> dict[str, str] | None:
         with suppress(ValueError):  # else the operation refuses it
             value = json.loads(value)
     return value if isinstance(value, dict) else None
+
+
+@contextmanager
+def noting_refusal(entry: Entry | None) -> Iterator[None]:
+    """Log a call that is refused in a `with` block before anything is asked of a model."""
+    try:
+        yield
+    except AccessDeniedException:
+        raise
+    except Exception as error:
+        if entry is not None:
+            entry.log.put(entry.pending(error.code if isinstance(error, ApiError) else OUR_FAULT))
+        raise
 
 
 async def logged(entry: Entry, model: OperationModel, answer: Awaitable[Output]) -> Output:

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.jobs import memory, queue
+from outcrop.jobs.events import delivering
 from outcrop.jobs.executors import Attempt, Executor
 from outcrop.jobs.executors.local import LocalExecutor, log_file
 from outcrop.processes.spawn import log_tail
@@ -303,7 +304,8 @@ def run_worker(settings: Settings, *, name: str | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
     name = name or f"{socket.gethostname()}-{os.getpid()}"
-    run(Worker(settings, engine, name, LocalExecutor(settings)), lambda: bool(asked))
+    with delivering(settings, engine):
+        run(Worker(settings, engine, name, LocalExecutor(settings)), lambda: bool(asked))
     engine.dispose()
 
 

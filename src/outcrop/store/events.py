@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from outcrop.store import tables
+from outcrop.store import outbox, tables
 from outcrop.store.rows import JobEvent, from_row
 
 _TABLE = tables.job_event
@@ -23,7 +23,7 @@ def add_event(
     message: str,
     data: Mapping[str, Any] | None = None,
 ) -> None:
-    """Append an event, in the transaction of what it tells.
+    """Append an event, in the transaction of what it tells; after the job's row was changed.
 
     Args:
         level: INFO, WARN or ERROR.
@@ -35,13 +35,15 @@ def add_event(
             account=owner.account,
             region=owner.region,
             job_id=job_id,
-            at=datetime.now(UTC),
+            at=(now := datetime.now(UTC)),
             level=level,
             type=type,
             message=message,
             data=dict(data or {}),
         )
     )
+    if type in outbox.CHANGES or type.startswith(outbox.PHASE):
+        outbox.add_change(connection, job_id, now)
 
 
 def list_events(

@@ -18,7 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, EventStreamError
 from tests.unit.api.runtime_gateway import ANSWER, Gateway, running_gateway, wait_until
 from tests.unit.jobs.memory_store import BUCKET, MemoryStore
-from tests.unit.store.build import ACCOUNT, REGION
+from tests.unit.store.build import ACCOUNT, REGION, queued
 
 from outcrop.api import log_spool
 from outcrop.api.context import Services
@@ -28,8 +28,11 @@ from outcrop.data.logs import read_call
 from outcrop.errors import ThrottlingException
 from outcrop.identity.api_keys import load_or_make_api_key
 from outcrop.ids import S3Uri
+from outcrop.store import outbox
+from outcrop.store.database import transaction
 from outcrop.store.delivery import list_counts
 from outcrop.store.spool import SpoolWriter, segments
+from outcrop.wire.client import outcrop_client
 
 LLAMA = "meta.llama3-1-8b-instruct-v1:0"
 ROOT = f"logs/AWSLogs/{ACCOUNT}/BedrockModelInvocationLogs"
@@ -260,6 +263,8 @@ def test_errors_are_logged_with_their_code_and_refused_callers_are_not(
     client = gateway.client()
     with pytest.raises(ClientError):
         client.invoke_model(modelId=LLAMA, body=b"no json")
+    with pytest.raises(ClientError):
+        client.invoke_model(modelId="no.such-model", body=json.dumps(BODY))
     stranger = gateway.client(gateway.user("stranger", "s3:GetObject"))
     with pytest.raises(ClientError, match="not authorized"):
         stranger.invoke_model(modelId=LLAMA, body=json.dumps(BODY))
@@ -270,12 +275,15 @@ def test_errors_are_logged_with_their_code_and_refused_callers_are_not(
     body = client.invoke_model_with_response_stream(modelId=LLAMA, body=json.dumps(BODY))["body"]
     with pytest.raises(EventStreamError), closing(body) as events:
         list(events)
-    found = {record["errorCode"]: record for record in records(objects, 3)}
+    found = {record["errorCode"]: record for record in records(objects, 4)}
+    unknown = next(each for each in delivered(objects) if each["modelId"] == "no.such-model")
+    assert unknown["errorCode"] == "ValidationException"
     assert found.keys() == {"ValidationException", "ThrottlingException", "ModelErrorException"}
     assert found["ThrottlingException"]["input"]["inputBodyJson"] == BODY
     broken = found["ModelErrorException"]["output"]
     assert (len(broken["outputBodyJson"]), broken["outputTokenCount"]) == (2, 2)
-    path = found["ValidationException"]["input"]["inputBodyS3Path"]
+    paths = [each["input"].get("inputBodyS3Path") for each in delivered(objects)]
+    (path,) = filter(None, paths)
     key = path.removeprefix(f"s3://{BUCKET}/")
     assert gzip.decompress(objects.content[S3Uri(BUCKET, key)]) == b"no json"
 
@@ -364,6 +372,32 @@ def test_an_invocation_does_not_notice_a_disk_that_refuses(
     monkeypatch.setattr(SpoolWriter, "append", refuse)
     assert gateway.client().invoke_model(modelId=LLAMA, body=json.dumps(BODY))["body"].read()
     wait_until(lambda: outcomes(gateway).get("disk-error") == 1)
+
+
+def test_the_owner_sees_what_was_delivered_and_what_was_given_up(
+    gateway: Gateway, objects: MemoryStore
+) -> None:
+    turn_on(gateway)
+    gateway.client().invoke_model(modelId=LLAMA, body=json.dumps(BODY))
+    wait_until(lambda: outcomes(gateway).get("delivered", 0) > 0)
+    with transaction(gateway.engine) as connection:
+        job = queued(connection, "told-to-nobody")
+        (event,) = outbox.pending(connection, "webhook:h:1")
+        outbox.settle(connection, event, "webhook:h:1", outbox.DEAD, "Why.")
+    client = outcrop_client(
+        endpoint_url=gateway.url,
+        aws_access_key_id=gateway.owner.access_key_id,
+        aws_secret_access_key=gateway.owner.secret_access_key,
+        region_name=REGION,
+    )
+    gateway.clients.append(client)
+    shown = client.get_delivery_status()
+    assert "invocation-logs" in {each["channel"] for each in shown["deliveries"]}
+    assert shown["spoolBytes"] == 0
+    (dead,) = shown["deadEvents"]
+    assert (dead["target"], dead["detail"]) == ("webhook:h:1", "Why.")
+    told = json.loads(dead["event"])
+    assert (told["id"], told["detail"]["jobArn"]) == (event.event_id, job.arn)
 
 
 def _metrics(gateway: Gateway) -> str:
