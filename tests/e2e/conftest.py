@@ -36,7 +36,8 @@ class Tuned:
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The shared service: one job at a time, whatever the machine has."""
-    running = Service(tmp_path_factory.mktemp("service") / "data", OUTCROP_JOB_SLOTS="1")
+    environment = {"OUTCROP_JOB_SLOTS": "1", "OUTCROP_INVOCATION_LOG_SECONDS": "1"}
+    running = Service(tmp_path_factory.mktemp("service") / "data", **environment)
     running.start()
     yield running
     running.stop()

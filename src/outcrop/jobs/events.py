@@ -27,6 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.errors import ObjectStoreError
 from outcrop.ids import parse_s3_uri
+from outcrop.jobs.batch import states as batch_states
 from outcrop.jobs.states import wire_status
 from outcrop.jobs.webhooks import DeliveryError, Webhook, parse_webhook, post, split_list
 from outcrop.objects.client import Backend, ObjectStore, backend
@@ -35,7 +36,7 @@ from outcrop.store import jobs, outbox
 from outcrop.store.database import transaction
 from outcrop.store.delivery import FAILING, Counted, CountKey, add_counts
 from outcrop.store.lock import only_one
-from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, Job, JobStatus
+from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, Job, JobStatus
 from outcrop.store.rows_delivery import OutboxEvent
 
 logger = logging.getLogger("outcrop.worker")
@@ -46,11 +47,10 @@ PRUNE_SECONDS = 60.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 300.0
 """Between two tries of one job's next event at one target: doubled from try to try."""
 S3 = "s3"
-_BATCH = "batch"
 AWS_SOURCE, OWN_SOURCE = "aws.bedrock", "outcrop"
 DETAIL_TYPES = {
     CUSTOMIZATION: "Model Customization Job State Change",
-    _BATCH: "Batch Inference Job State Change",
+    BATCH: "Batch Inference Job State Change",
     DATA_TASK: "Data Task State Change",
     "import": "Model Import Job State Change",
     "creation": "Custom Model State Change",
@@ -74,7 +74,7 @@ def describe(event: OutboxEvent, job: Job) -> dict[str, Any]:
         "version": "0",
         "id": event.event_id,
         "detail-type": DETAIL_TYPES.get(job.kind, f"{job.kind.capitalize()} Job State Change"),
-        "source": AWS_SOURCE if job.kind in (CUSTOMIZATION, _BATCH) else OWN_SOURCE,
+        "source": AWS_SOURCE if job.kind in (CUSTOMIZATION, BATCH) else OWN_SOURCE,
         "account": event.account,
         "time": _instant(event.at),
         "region": event.region,
@@ -107,13 +107,15 @@ def _customization(event: OutboxEvent, job: Job, has_ended: bool) -> dict[str, A
 
 
 def _batch(event: OutboxEvent, job: Job, has_ended: bool) -> dict[str, Any]:
+    # How it ended is written after the event of its end, in the same transaction.
+    phase = job.phase if has_ended else event.snapshot["phase"]
     return {
         "version": "0.0",
         "accountId": job.account,
         "batchJobName": job.name,
         "batchJobArn": job.arn,
         "batchModelId": job.spec.get("modelId"),
-        "status": wire_status(event.snapshot["status"]),
+        "status": batch_states.wire_status(event.snapshot["status"], phase),
         "failureMessage": job.failure_message if has_ended else None,
         "creationTime": _instant(job.created_at),
     }
@@ -134,7 +136,7 @@ def _own_detail(event: OutboxEvent, job: Job, has_ended: bool) -> dict[str, Any]
 
 _DETAILS: dict[str, Callable[[OutboxEvent, Job, bool], dict[str, Any]]] = {
     CUSTOMIZATION: _customization,
-    _BATCH: _batch,
+    BATCH: _batch,
 }
 
 

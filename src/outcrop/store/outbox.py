@@ -39,7 +39,7 @@ def add_change(connection: Connection, job_id: str, at: datetime) -> None:
             job_id=job_id,
             at=at,
             # What a live job may change again; of one that has ended, its row has the rest.
-            snapshot={"status": job["status"], "phase": job.get("phase") or ""},
+            snapshot={"status": job["status"], "phase": job["phase"]},
         )
     )
 

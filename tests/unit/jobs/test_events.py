@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from tests.unit.jobs.memory_store import BUCKET, MemoryStore
-from tests.unit.store.build import ACCOUNT, REGION, claimed, new_model, queued
+from tests.unit.store.build import ACCOUNT, REGION, claimed, new_batch, new_model, queued
 
 from outcrop.errors import LeaseLost
 from outcrop.jobs import events
 from outcrop.jobs.events import Courier, Target, delivering, describe
 from outcrop.jobs.webhooks import DeliveryError
 from outcrop.settings import Settings
-from outcrop.store import jobs, outbox
+from outcrop.store import batches, jobs, outbox
 from outcrop.store.database import connect, migrate, transaction
 from outcrop.store.delivery import list_counts
 from outcrop.store.rows import DATA_TASK, Job
@@ -55,7 +55,7 @@ class Receiver:
             raise DeliveryError("It refuses.")
         value = json.loads(body)
         self.bodies.append(value)
-        self.got.append((event.job_id, value["detail"]["jobStatus"]))
+        self.got.append((event.job_id, value["detail"].get("jobStatus", "")))
 
     def courier(self, settings: Settings, engine: Engine, name: str = "r") -> Courier:
         return Courier(
@@ -168,6 +168,38 @@ def test_other_kinds_of_jobs_are_told_as_ours(settings: Settings, engine: Engine
     assert receiver.bodies[-1]["source"] == "outcrop"
     assert receiver.bodies[-1]["detail-type"] == "Data Task State Change"
     assert receiver.bodies[-1]["detail"]["failureMessage"] == "Why."
+
+
+def queued_batch(connection: Connection) -> Job:
+    spec = {"timeoutDurationInHours": 24, "modelId": "some.model"}
+    return jobs.create_job(connection, new_batch("b", spec=spec))
+
+
+def test_a_batch_job_is_told_as_bedrock_tells_it(settings: Settings, engine: Engine) -> None:
+    with transaction(engine) as connection:
+        job = claimed(connection, queued_batch(connection))
+        for phase in (batches.VALIDATING, batches.SCHEDULED, batches.IN_PROGRESS):
+            assert batches.set_phase(connection, job.id, job.fence, phase)
+        assert batches.complete(connection, job, batches.PARTIAL, {}, "Some failed.")
+    receiver = Receiver()
+    receiver.courier(settings, engine).round()
+    assert [body["detail"]["status"] for body in receiver.bodies] == [
+        *("Submitted", "Validating", "Scheduled", "InProgress", "PartiallyCompleted"),
+    ]
+    last = receiver.bodies[-1]
+    assert (last["source"], last["detail-type"]) == (
+        "aws.bedrock",
+        "Batch Inference Job State Change",
+    )
+    assert last["detail"] == {
+        "version": "0.0",
+        "accountId": ACCOUNT,
+        "batchJobName": job.name,
+        "batchJobArn": job.arn,
+        "batchModelId": job.spec["modelId"],
+        "status": "PartiallyCompleted",
+        "creationTime": last["detail"]["creationTime"],
+    }
 
 
 def test_what_is_rolled_back_is_not_told(engine: Engine) -> None:

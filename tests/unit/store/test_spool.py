@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import resource
 import signal
 import subprocess
@@ -136,6 +138,68 @@ def test_a_disk_that_takes_a_part_of_a_record_hides_no_later_one(tmp_path: Path)
     filling.append(b"after")
     filling.close()
     assert read(tmp_path) == [b"before", b"after"]
+
+
+def test_a_record_behind_one_that_cannot_be_taken_back_has_a_segment_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = writer(tmp_path)
+    failing.append(b"before")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", _refuse)
+        broken.setattr(os, "ftruncate", _refuse)
+        with pytest.raises(OSError, match="broken"):
+            failing.append(b"lost")
+    failing.append(b"after")
+    failing.close()
+    assert read(tmp_path) == [b"before", b"after"]
+    assert len(segments(tmp_path)) == 2
+
+
+def _refuse(*arguments: object) -> int:
+    raise OSError("the disk is broken")
+
+
+def test_a_segment_that_a_reader_took_before_its_writer_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, calls = fcntl.flock, []
+
+    def slower(file: int, operation: int) -> None:
+        calls.append(file)
+        if len(calls) == 1:
+            raise BlockingIOError
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slower)
+    late = writer(tmp_path)
+    late.append(b"record")
+    late.close()
+    assert read(tmp_path) == [b"record"]
+    assert [path.stat().st_size > 0 for path in segments(tmp_path)] == [False, True]
+
+
+def test_a_segment_that_was_sent_on_while_it_was_opened_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = writer(tmp_path)
+    sent.append(b"record")
+    sent.close()
+    (path,) = segments(tmp_path)
+    lock = fcntl.flock
+
+    def overtaken(file: int, operation: int) -> None:
+        path.unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    with taken(path) as segment:
+        assert segment is None
+
+
+def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    assert segments(tmp_path / "none") == []
+    assert folder_bytes(tmp_path / "none") == 0
 
 
 def test_segments_are_for_their_owner_only(tmp_path: Path) -> None:
