@@ -269,3 +269,6 @@ def _warm_up() -> None:
     route.load()
     gc.collect()
     gc.freeze()
+    # A page of 1,000 jobs makes 60,000 objects that all live until it is written: to look for
+    # garbage after every 700 took a fifth of its time, and found none.
+    gc.set_threshold(50_000, 20, 20)
