@@ -80,7 +80,6 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             **_model(context, target),
         },
         stages=(VALIDATION, INFERENCE),
-        uses_model_arn=None if target.artifact is None else target.model_arn,
         cores=_CORES,
         memory_bytes=_MEMORY_BYTES,
         uses_model_arn=None if _kind(target) == "foundation-model" else target.model_arn,
