@@ -154,7 +154,7 @@ def test_a_completed_job_is_told_as_bedrock_tells_it(settings: Settings, engine:
 
 
 def test_other_kinds_of_jobs_are_told_as_ours(settings: Settings, engine: Engine) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "kind": DATA_TASK,
         "stages": ("check",),
         "model_name": None,
