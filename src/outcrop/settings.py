@@ -85,6 +85,12 @@ class Settings:
         "us-east-1",
         form=(r"[a-z0-9-]+", "lower-case letters, digits and hyphens"),
     )
+    regions: str = _setting(
+        "Further regions that the one endpoint answers for, separated by commas. Each has models, "
+        "jobs and lists of its own; requests name theirs in their signature.",
+        "",
+        form=(r"([a-z0-9-]{1,20}( *, *[a-z0-9-]{1,20})*)?", "regions, separated by commas"),
+    )
     database_url: str = _setting(
         "SQLAlchemy URL of the database; empty means SQLite in the data directory.", "", secret=True
     )
@@ -203,6 +209,9 @@ class Settings:
     max_custom_models: int = _setting(
         "Custom models an account may hold in a region; 0 allows none.", 100, minimum=0
     )
+    max_imported_models: int = _setting(
+        "Imported models an account may hold in a region; 0 allows none.", 100, minimum=0
+    )
     batch_slots: int = _setting(
         "Batch inference jobs that run at once; the others wait for their turn.", 2
     )
@@ -271,6 +280,12 @@ class Settings:
         "store; in an S3 of your own its lifecycle rules do that.",
         7,
     )
+
+    @property
+    def all_regions(self) -> tuple[str, ...]:
+        """The regions that requests may be signed for: `region` first, each once."""
+        further = (name.strip() for name in self.regions.split(","))
+        return tuple(dict.fromkeys((self.region, *filter(None, further))))
 
     @property
     def effective_database_url(self) -> str:

@@ -27,6 +27,7 @@ MAY_LOAD_TORCH = (
     "models/lora.py",
     "models/passes.py",
     "models/pointwise.py",
+    "models/shapes.py",
     "models/workspace.py",
     "serve/adapters.py",
     "serve/backend.py",

@@ -17,6 +17,7 @@ def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     with context.services.engine.connect() as connection:
         model = find(connection, context, CUSTOM_MODEL, params["modelIdentifier"], "GetCustomModel")
     spec = model.spec
+    no_data: dict[str, Any] | None = None if model.creation_job_id else {"validators": []}
     return {
         "modelArn": model.arn,
         "modelName": model.name,
@@ -25,13 +26,14 @@ def get(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         "baseModelArn": model.base_model_arn,
         "customizationType": model.customization_type,
         "hyperParameters": model.hyper_parameters,
-        "trainingDataConfig": spec["trainingDataConfig"],
-        "validationDataConfig": spec.get("validationDataConfig", {"validators": []}),
-        "outputDataConfig": spec["outputDataConfig"],
-        "trainingMetrics": model.metrics["trainingMetrics"],
-        "validationMetrics": model.metrics["validationMetrics"],
+        "trainingDataConfig": spec.get("trainingDataConfig"),
+        "validationDataConfig": spec.get("validationDataConfig", no_data),
+        "outputDataConfig": spec.get("outputDataConfig"),
+        "trainingMetrics": model.metrics.get("trainingMetrics"),
+        "validationMetrics": model.metrics.get("validationMetrics"),
         "creationTime": model.created_at,
         "modelStatus": model.status,
+        "failureMessage": model.failure_message,
     }
 
 

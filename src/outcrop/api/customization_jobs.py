@@ -45,7 +45,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     check_objects(services.objects, prepared)
 
     job_id = new_id()
-    base, parent = prepared.base, prepared.parent
+    base = prepared.base
     arn = customization_job_arn(context.region, context.account, base.customization_id, job_id)
     spec = {
         **{name: value for name, value in params.items() if name != "jobTags"},
@@ -64,14 +64,14 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         spec=spec,
         stages=STAGES,
         model_name=params["customModelName"],
-        uses_model_arn=None if parent is None else parent.arn,
+        uses_model_arn=prepared.uses_model_arn,
         cores=cores,
         memory_bytes=memory_bytes,
     )
     job_tags = tags.checked_tags(arn, params.get("jobTags", ()))
     tags.checked_tags(params["customModelName"], params.get("customModelTags", ()))
     with transaction(services.engine) as connection:
-        hold_parent(connection, context, parent, token)
+        hold_parent(connection, context, prepared, token)
         job = jobs.create_job(
             connection,
             new_job,

@@ -65,12 +65,12 @@ def start(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             queue.JOB_NEEDS: {"cores": cores, "memory_bytes": memory_bytes},
         },
         stages=(params["kind"],),
-        uses_model_arn=None if prepared.parent is None else prepared.parent.arn,
+        uses_model_arn=prepared.uses_model_arn,
         cores=_CORES,
         memory_bytes=_MEMORY_BYTES,
     )
     with transaction(services.engine) as connection:
-        hold_parent(connection, context, prepared.parent, token)
+        hold_parent(connection, context, prepared, token)
         task = jobs.create_job(connection, new_task, token=token)
     return {"taskArn": task.arn}
 

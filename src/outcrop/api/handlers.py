@@ -50,6 +50,11 @@ logger = logging.getLogger("outcrop.gateway")
 
 CUSTOM_MODEL_MEMBERS = {"modelIdentifier", "modelId", "baseModelIdentifier"}
 """Members that name a custom model, among others."""
+IMPORTED_MODEL_ARN = re.compile(
+    r"arn:aws(-[^:]+)?:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:imported-model/(?P<name>[a-z0-9]{12})"
+)
+"""An imported model's ARN, where the service model has room for base and custom models only."""
+IMPORTED_MODEL_MEMBERS = {"modelId", "baseModelIdentifier"}
 CUSTOM_MODEL_ARN_MEMBERS = {"resourceARN", "baseModelArnEquals", "modelArnEquals"}
 """Members that name a custom model, among others, and only by ARN."""
 CUSTOM_MODEL_ARN = re.compile(
@@ -202,9 +207,11 @@ def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trac
     signature = sigv4.read_signature(signed) if key is None else None
     if key is not None:
         signed_for, principal = "bedrock", _authenticate_key(services, key)
+        region = services.settings.region  # a key is of none, and the endpoint is one for all
     elif signature is not None:
         trace.service = signed_for = signature.service
         principal = _authenticate(services, signed, signature, body)
+        region = signature.region
     else:
         raise ApiError(
             "Request is missing Authentication Token",
@@ -243,7 +250,7 @@ def _prepare(services: Services, signed: SignedRequest, body: bytes, trace: Trac
         services=services,
         request_id=trace.request_id,
         account=principal.account,
-        region=services.settings.region,
+        region=region,
         principal=principal,
         service=service,
         operation=trace.model.name,
@@ -258,9 +265,14 @@ def _as_modelled(params: dict[str, Any]) -> dict[str, Any]:
     Published examples name a custom model by an ARN that ends in its name, and InvokeModel's
     pattern has no room for a base id with its context. So the last part is what is validated, or,
     where only an ARN is allowed, another model's: which model an ARN names is decided by the
-    operation.
+    operation. An imported model can be customized and have throughput here, so its ARN passes too.
     """
     named = dict(params)
+    for member in IMPORTED_MODEL_MEMBERS & params.keys():
+        if isinstance(params[member], str) and (
+            imported := IMPORTED_MODEL_ARN.fullmatch(params[member])
+        ):
+            named[member] = imported["name"]
     for member in (CUSTOM_MODEL_MEMBERS | CUSTOM_MODEL_ARN_MEMBERS) & params.keys():
         found = isinstance(params[member], str) and CUSTOM_MODEL_ARN.fullmatch(params[member])
         if not found:
@@ -303,10 +315,11 @@ def _authenticate(
         body_sha256=hashlib.sha256(body).hexdigest(),
         now=datetime.now(UTC),
     )
-    if signature.region != services.settings.region:
+    regions = services.settings.all_regions
+    if signature.region not in regions:
         raise ApiError(
             f"Credential should be scoped to a valid region: this service answers for "
-            f"{services.settings.region}, not {signature.region}.",
+            f"{', '.join(regions)}, not {signature.region}. The setting regions adds others.",
             code="InvalidSignatureException",
             http_status=403,
         )

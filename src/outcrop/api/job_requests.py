@@ -37,11 +37,33 @@ from outcrop.models.weights import weights_folder
 from outcrop.objects.client import ObjectStore
 from outcrop.store import models
 from outcrop.store.database import lock_account
+from outcrop.store.imported_models import get_imported_model
 from outcrop.store.rows import CustomModel
 from outcrop.store.tokens import RequestToken, find_replay
 from outcrop.train.plan import TrainPlan, make_plan
 
 OFFERED_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a job starts from."""
+
+    base: BaseModel
+    parent: CustomModel | None
+    """The custom model whose artifact it goes on from; None where it starts from the base weights,
+    also where those are an imported model's or a custom model's own."""
+    arn: str
+    """Of the model that was named."""
+    root_arn: str
+    """Of the base model at the root."""
+    is_owned: bool = True
+    """Whether it belongs to an account, which may delete it."""
+
+    @property
+    def uses_model_arn(self) -> str | None:
+        """The model's ARN where somebody could delete it."""
+        return self.arn if self.is_owned else None
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,11 @@ class Prepared:
     base: BaseModel
     parent: CustomModel | None
     """The custom model to start from; None starts from the base model."""
+    uses_model_arn: str | None
+    """Of the custom or imported model that must stay until the job has ended; None is a base
+    model of the catalogue."""
+    name: str
+    """What the model to start from was called by."""
     plan: TrainPlan
     training: S3Uri
     validation: tuple[S3Uri, ...]
@@ -68,7 +95,8 @@ def prepare(connection: Connection, context: RequestContext, params: dict[str, A
         AccessDeniedException: the caller may not start from that custom model.
         ValidationException: a member is wrong, or the role may not.
     """
-    base, parent = _starting_point(connection, context, params["baseModelIdentifier"])
+    start = _starting_point(connection, context, params["baseModelIdentifier"])
+    base, parent = start.base, start.parent
     _refuse_what_is_not_offered(base, params)
     lineage = {} if parent is None else {"parent": describe_parent(parent)}
     customization_type = params.get("customizationType", FINE_TUNING)
@@ -86,20 +114,21 @@ def prepare(connection: Connection, context: RequestContext, params: dict[str, A
     for uri in validation if logs_config(params) else (training, *validation):
         check_readable(connection, role, uri)
     check_writable(connection, role, output)
-    root_arn = foundation_model_arn(context.region, base.customization_id)
     spec = {
         "customizationType": customization_type,
         "baseModelId": base.model_id,
         # An id can be given to other weights later; what is trained stays bound to these.
         "weights": base.weights,
-        "baseModelArn": root_arn if parent is None else parent.arn,
-        "foundationModelArn": root_arn,
+        "baseModelArn": start.arn,
+        "foundationModelArn": start.root_arn,
         "hyperParameters": plan.hyper_parameters,
         "userHyperParameters": params.get("hyperParameters", {}),
         **lineage,
     }
-    from_logs = logs_config(params) is not None
-    return Prepared(base, parent, plan, training, tuple(validation), output, spec, from_logs)
+    return Prepared(
+        *(base, parent, start.uses_model_arn, params["baseModelIdentifier"], plan),
+        *(training, tuple(validation), output, spec, logs_config(params) is not None),
+    )
 
 
 def check_objects(objects: ObjectStore, prepared: Prepared) -> None:
@@ -121,7 +150,7 @@ def check_objects(objects: ObjectStore, prepared: Prepared) -> None:
 def hold_parent(
     connection: Connection,
     context: RequestContext,
-    parent: CustomModel | None,
+    prepared: Prepared,
     token: RequestToken | None,
 ) -> None:
     """Keep the model that a job starts from until this transaction ends, which writes that job.
@@ -132,24 +161,24 @@ def hold_parent(
     Raises:
         ValidationException: it is not there any more.
     """
-    if parent is None:
+    if prepared.uses_model_arn is None:
         return
     lock_account(connection, context.account, context.region)
-    is_there = models.get_model(connection, context.account, context.region, parent.arn)
+    scope = (connection, context.account, context.region, prepared.uses_model_arn)
+    is_there = models.get_model(*scope) or get_imported_model(*scope)
     if is_there is None and find_replay(connection, token) is None:
         raise ValidationException(
-            f"The custom model {parent.name} was deleted while the job was created. Start from "
-            "another model."
+            f"The model {prepared.name} was deleted while the job was created. Start from another "
+            "model."
         )
 
 
-def _starting_point(
-    connection: Connection, context: RequestContext, identifier: str
-) -> tuple[BaseModel, CustomModel | None]:
+def _starting_point(connection: Connection, context: RequestContext, identifier: str) -> _Start:
     """Return the base model that is named, or the custom model and the base model at its root.
 
     A custom model is named by its ARN, by its name, or by an ARN that ends in its name. Its root
-    has the weights that it was made from, also if the id stands for others by now.
+    has the weights that it was made from, also if the id stands for others by now. An imported
+    model, named by ARN or name, is a base model.
 
     Raises:
         AccessDeniedException: the caller may not start from that custom model.
@@ -158,14 +187,26 @@ def _starting_point(
     catalog = context.services.catalog
     base = catalog.resolve(identifier, region=context.region)
     if base is not None:
-        return base, None
+        arn = foundation_model_arn(context.region, base.customization_id)
+        return _Start(base, None, arn, arn, is_owned=False)
     custom = models.get_model(connection, context.account, context.region, identifier)
     named = identifier if identifier.startswith("arn:") else context.arn(CUSTOM_MODEL.arn_type)
-    context.require(connection, f"bedrock:{context.operation}", custom.arn if custom else named)
+    imported = None
+    if custom is None:
+        imported = get_imported_model(connection, context.account, context.region, identifier)
+    known = custom or imported
+    context.require(connection, f"bedrock:{context.operation}", known.arn if known else named)
+    if imported is not None:
+        base = catalog.resolve(imported.weights)
+        if base is None:
+            raise ValidationException(
+                f"The weights of the imported model {imported.name} are gone. Import it again."
+            )
+        return _Start(base, None, imported.arn, imported.arn)
     if custom is None:
         raise ValidationException(
-            f"The provided model identifier is invalid: {identifier}. ListFoundationModels and "
-            "ListCustomModels list what can be customized."
+            f"The provided model identifier is invalid: {identifier}. ListFoundationModels, "
+            "ListCustomModels and ListImportedModels list what can be customized."
         )
     if custom.status != "Active":
         raise ValidationException(
@@ -184,7 +225,9 @@ def _starting_point(
         raise ValidationException(
             f"The base weights of the custom model {custom.name} are not there any more. {error}"
         ) from error
-    return replace(base, weights=custom.spec["weights"]), custom
+    root = replace(base, weights=custom.spec["weights"])
+    parent = None if custom.is_own_base else custom
+    return _Start(root, parent, custom.arn, custom.foundation_model_arn)
 
 
 def _refuse_what_is_not_offered(base: BaseModel, params: dict[str, Any]) -> None:

@@ -26,9 +26,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from outcrop.api import handlers, invocation_logs, runtime, targets
-from outcrop.api import openai_answers as answers
 from outcrop.api.context import RequestContext, Services
-from outcrop.api.openai_requests import Ask, model_id, parse_chat, parse_completion
 from outcrop.api.signed import signed_request
 from outcrop.errors import (
     AccessDeniedException,
@@ -42,6 +40,8 @@ from outcrop.identity.policy import decide
 from outcrop.identity.principals import Principal
 from outcrop.ids import foundation_model_arn
 from outcrop.serve import tool_use as tools
+from outcrop.serve.prompt_formats import openai_answers as answers
+from outcrop.serve.prompt_formats.openai_requests import Ask, model_id, parse_chat, parse_completion
 from outcrop.serve.request import Generation, TokenEvent
 from outcrop.store import deployments, models, profiles, throughputs
 from outcrop.store.rows import Page
@@ -414,7 +414,8 @@ def _entries(connection: Connection, context: RequestContext) -> list[dict[str, 
         profiles.list_profiles,
     ]
     if context.services.settings.invoke_custom_models:
-        listings.insert(0, models.list_models)
+        listings.insert(0, partial(models.list_models, status="Active"))
+    listings.insert(0, list_imported_models)
     for listing in listings:
         position: tuple[int, str] | None = None
         while True:

@@ -15,8 +15,17 @@ from sqlalchemy import Connection
 from outcrop.api.context import RequestContext
 from outcrop.errors import ResourceNotFoundException
 from outcrop.ids import foundation_model_arn
-from outcrop.store import batches, deployments, jobs, models, profiles, throughputs
-from outcrop.store.rows import CUSTOMIZATION, DATA_TASK, CustomModel, Job, ProvisionedModel
+from outcrop.store import batches, deployments, imported_models, jobs, models, profiles, throughputs
+from outcrop.store.rows import (
+    COPY,
+    CUSTOMIZATION,
+    DATA_TASK,
+    IMPORT,
+    CustomModel,
+    ImportedModel,
+    Job,
+    ProvisionedModel,
+)
 from outcrop.store.rows_endpoints import Deployment, InferenceProfile
 
 
@@ -51,10 +60,25 @@ def _get_task(connection: Connection, account: str, region: str, identifier: str
     return jobs.get_job(connection, account, region, DATA_TASK, identifier)
 
 
+def _get_import_job(
+    connection: Connection, account: str, region: str, identifier: str
+) -> Job | None:
+    return jobs.get_job(connection, account, region, IMPORT, identifier)
+
+
+def _get_copy_job(connection: Connection, account: str, region: str, identifier: str) -> Job | None:
+    return jobs.get_job(connection, account, region, COPY, identifier)
+
+
 JOB: Kind[Job] = Kind("model-customization-job", "model customization job", _get_job)
 TASK: Kind[Job] = Kind("data-task", "data task", _get_task)
 BATCH_JOB: Kind[Job] = Kind("model-invocation-job", "batch inference job", batches.get_batch)
-CUSTOM_MODEL: Kind[CustomModel] = Kind("custom-model", "custom model", models.get_model)
+CUSTOM_MODEL: Kind[CustomModel] = Kind("custom-model", "custom model", models.find_model)
+IMPORT_JOB: Kind[Job] = Kind("model-import-job", "model import job", _get_import_job)
+IMPORTED_MODEL: Kind[ImportedModel] = Kind(
+    "imported-model", "imported model", imported_models.get_imported_model
+)
+COPY_JOB: Kind[Job] = Kind("model-copy-job", "model copy job", _get_copy_job)
 THROUGHPUT: Kind[ProvisionedModel] = Kind(
     "provisioned-model", "provisioned model throughput", throughputs.get_throughput
 )
@@ -96,5 +120,5 @@ def model_arn(connection: Connection, context: RequestContext, arn: str | None) 
     base = context.services.catalog.resolve(arn, region=context.region)
     if base is not None:
         return foundation_model_arn(context.region, base.customization_id)
-    found = models.get_model(connection, context.account, context.region, arn)
+    found = models.find_model(connection, context.account, context.region, arn)
     return arn if found is None else found.arn

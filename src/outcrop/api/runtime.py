@@ -74,8 +74,11 @@ async def count(context: RequestContext, target: Target, native: NativeRequest) 
     Raises as `generate`.
     """
     told = native.tool_use.tools if native.tool_use else ()
+    if isinstance(native.raw_prompt, tuple):
+        return len(native.raw_prompt)  # tokens already
+    prompt = native.raw_prompt
     return await _with_server(
-        context, target.weights, lambda client: client.count(native.messages, told)
+        context, target.weights, lambda client: client.count(native.messages, told, prompt)
     )
 
 

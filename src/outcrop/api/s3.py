@@ -198,7 +198,7 @@ def _verify(services: S3Services, signed: SignedRequest, trace: _Trace) -> _Veri
     if signature is None:
         raise _denied()
     headers = {name: ",".join(header_values(signed, name)) for name in header_names(signed)}
-    _check_scope(signature, headers, services.settings.region)
+    _check_scope(signature, headers, services.settings.all_regions)
     with services.engine.connect() as connection:
         found = authenticate(connection, signature.access_key_id)
         if found is None:
@@ -228,7 +228,7 @@ def _verify(services: S3Services, signed: SignedRequest, trace: _Trace) -> _Veri
     return _Verified(call, principal, signature, key)
 
 
-def _check_scope(signature: Signature, headers: dict[str, str], region: str) -> None:
+def _check_scope(signature: Signature, headers: dict[str, str], regions: tuple[str, ...]) -> None:
     if signature.security_token or "x-amz-security-token" in headers:
         raise ApiError(
             "The provided token is malformed or otherwise invalid. Temporary credentials are not "
@@ -236,8 +236,9 @@ def _check_scope(signature: Signature, headers: dict[str, str], region: str) -> 
             code="InvalidToken",
             http_status=400,
         )
-    # Version 2 names no region.
-    if signature.kind != "presigned-v2" and signature.region != region:
+    # Version 2 names no region. One store is there for all of the others.
+    if signature.kind != "presigned-v2" and signature.region not in regions:
+        region = regions[0]
         what, code = "The authorization header is malformed", "AuthorizationHeaderMalformed"
         if signature.kind == "presigned":
             what = "Error parsing the X-Amz-Credential parameter"
@@ -263,11 +264,11 @@ def _check_content(services: S3Services, verified: _Verified, content: bytes) ->
     elif call.operation == "CompleteMultipartUpload":
         check_parts(content)
     elif call.operation == "CreateBucket":
-        location, region = read_location(content), services.settings.region
-        if location not in ("", region):
+        location, regions = read_location(content), services.settings.all_regions
+        if location not in ("", *regions):
             raise ApiError(
                 f"The {location} location constraint is incompatible for the region specific "
-                f"endpoint this request was sent to: this service is in {region}.",
+                f"endpoint this request was sent to: this service is in {', '.join(regions)}.",
                 code="IllegalLocationConstraintException",
                 http_status=400,
             )

@@ -11,6 +11,8 @@ from outcrop.api.resources import (
     BATCH_JOB,
     CUSTOM_MODEL,
     DEPLOYMENT,
+    IMPORT_JOB,
+    IMPORTED_MODEL,
     JOB,
     PROFILE,
     THROUGHPUT,
@@ -30,6 +32,8 @@ TAGGABLE: tuple[Kind[Resource], ...] = (
     DEPLOYMENT,
     PROFILE,
     BATCH_JOB,
+    IMPORT_JOB,
+    IMPORTED_MODEL,
 )
 """Every kind of resource that has tags. A kind that is added adds its line here."""
 

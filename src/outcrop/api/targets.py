@@ -26,7 +26,8 @@ from outcrop.errors import (
 from outcrop.ids import foundation_model_arn, parse_arn
 from outcrop.models.catalog import BaseModel
 from outcrop.store import models
-from outcrop.store.rows import CustomModel, ProvisionedModel
+from outcrop.store.imported_models import get_imported_model
+from outcrop.store.rows import CustomModel, ImportedModel, ProvisionedModel
 from outcrop.store.rows_endpoints import Deployment, InferenceProfile
 
 T = TypeVar("T", bound=Resource)
@@ -41,11 +42,12 @@ class Target:
     weights: str
     """Key of the base weights; a custom model keeps those it was trained on."""
     artifact: Path | None
-    """Folder of the custom model's artifact."""
+    """Folder of the custom model's artifact; None of a base model, of an imported model and of a
+    custom model that is its own base."""
     digest: str | None = None
     """Of that folder, as it was published."""
     model_arn: str = ""
-    """Of the base model or the custom model."""
+    """Of the base model, the imported model or the custom model."""
     throughput: ProvisionedModel | None = None
     """By which it was asked; None is on demand."""
     endpoint_arn: str = ""
@@ -123,16 +125,39 @@ def _of_custom(context: RequestContext, custom: CustomModel) -> Target:
         raise ModelErrorException(
             f"The base model of {custom.name} is not in the catalogue any more."
         )
-    artifact = context.services.settings.data_dir / custom.artifact_path
+    if not custom.is_own_base:  # what was trained was rendered, by whatever template there is
+        base = replace(base, takes_messages=True)
     return Target(
-        *(custom.arn, base, str(custom.spec["weights"]), artifact, custom.artifact_digest),
+        *(custom.arn, base, str(custom.spec["weights"]), *_artifact(context, custom)),
         model_arn=custom.arn,
     )
+
+
+def _artifact(context: RequestContext, custom: CustomModel) -> tuple[Path | None, str | None]:
+    """Return the folder that stands beside the base weights, and its digest."""
+    if custom.is_own_base:
+        return None, None
+    return context.services.settings.data_dir / custom.artifact_path, custom.artifact_digest
+
+
+def _of_imported(context: RequestContext, model: ImportedModel) -> Target:
+    base = context.services.catalog.resolve(model.weights)
+    if base is None:
+        raise ModelErrorException(f"The weights of {model.name} are gone. Import the model again.")
+    return Target(model.arn, base, model.weights, None, model_arn=model.arn)
 
 
 def _custom(
     connection: Connection, context: RequestContext, custom: CustomModel, operation: str
 ) -> Target:
+    if custom.status == "Creating":
+        raise ModelNotReadyException(
+            f"The custom model {custom.name} is still Creating. Try again when it is Active."
+        )
+    if custom.status == "Failed":
+        raise ValidationException(
+            f"The custom model {custom.name} has failed: {custom.failure_message}"
+        )
     if context.services.settings.invoke_custom_models:
         return _of_custom(context, custom)
     raise ValidationException(
@@ -140,6 +165,13 @@ def _custom(
         "supported here (invoke_custom_models is false). Create a custom model deployment or a "
         "provisioned model throughput for it and invoke that one's ARN."
     )
+
+
+def _imported(
+    connection: Connection, context: RequestContext, model: ImportedModel, operation: str
+) -> Target:
+    """An imported model answers by itself: it needs neither deployment nor throughput."""
+    return _of_imported(context, model)
 
 
 def _provisioned(
@@ -154,10 +186,12 @@ def _provisioned(
         raise ValidationException(
             f"The provisioned throughput {throughput.name} has failed: {throughput.failure_message}"
         )
-    account, region = context.account, context.region
-    custom = models.get_model(connection, account, region, throughput.model_arn)
+    scope = (connection, context.account, context.region, throughput.model_arn)
+    custom, imported = models.get_model(*scope), get_imported_model(*scope)
     if custom is not None:
         target = _of_custom(context, custom)
+    elif imported is not None:
+        target = _of_imported(context, imported)
     else:
         base = context.services.catalog.resolve(throughput.model_arn)
         if base is None:
@@ -211,6 +245,7 @@ def _profiled(
 FORMS: tuple[_Form[Any], ...] = (
     _Form(THROUGHPUT, _provisioned),
     _Form(CUSTOM_MODEL, _custom),
+    _Form(IMPORTED_MODEL, _imported),
     _Form(DEPLOYMENT, _deployed),
     _Form(PROFILE, _profiled),
 )

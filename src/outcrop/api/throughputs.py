@@ -20,6 +20,7 @@ from outcrop.errors import ConflictException, ResourceNotFoundException, Validat
 from outcrop.ids import foundation_model_arn, new_id, provisioned_model_arn
 from outcrop.store import models, servers, tags, throughputs
 from outcrop.store.database import lock_account, transaction
+from outcrop.store.imported_models import get_imported_model
 from outcrop.store.rows import NewProvisionedModel, ProvisionedModel
 from outcrop.store.tokens import find_replay, request_token
 
@@ -183,6 +184,9 @@ def _model(
     custom = models.get_model(connection, context.account, context.region, identifier)
     if custom is not None:
         return custom.arn, custom.foundation_model_arn, weights_of(context, custom)
+    imported = get_imported_model(connection, context.account, context.region, identifier)
+    if imported is not None:
+        return imported.arn, imported.arn, imported.weights
     base = context.services.catalog.resolve(identifier, region=context.region)
     if base is not None:
         arn = foundation_model_arn(context.region, base.customization_id)

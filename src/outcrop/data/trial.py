@@ -14,8 +14,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from outcrop.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from outcrop.data.render import Renderer
 
 CPU_SECONDS = 20
 MEMORY_BYTES = 4 << 30
@@ -64,10 +68,15 @@ def try_folder(
     except subprocess.TimeoutExpired as error:
         raise _too_long(where, _last(error.stdout or b""), WALL_SECONDS) from None
     said = _last(done.stdout)
+    if "error" in said and said["error"] is None:
+        raise ModelError(
+            f"The tokenizer or the chat template of {where} takes too much memory: more than "
+            f"{memory_bytes:,} bytes. It was tried with a greeting."
+        )
     if "error" in said:
         raise ModelError(str(said["error"]).replace(str(folder), where.rstrip("/")))
     if done.returncode == 0 and "vocabulary" in said:
-        return Trial(said["vocabulary"], said["has_template"])
+        return Trial(int(said["vocabulary"]), bool(said["has_template"]))
     if done.returncode < 0:  # the kernel's signal for too much computing time, or SIGKILL
         raise _too_long(where, said, cpu_seconds)
     reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no reason given"]
@@ -89,22 +98,19 @@ def main(arguments: list[str]) -> int:
         tokenizer.decode(tokenizer.encode(_HELLO))
         _say(stage="chat template")
         _render(Renderer(folder))
-    except (ModelError, DataError) as error:
-        _say(error=str(error))
-        return 0
-    except (MemoryError, RecursionError) as error:
-        _say(error=f"The tokenizer or the chat template of {folder} takes too much memory: {error!r}")
+    except (ModelError, DataError, MemoryError, RecursionError) as error:
+        cause = error.__cause__ if isinstance(error, ModelError) else error
+        too_much = isinstance(cause, MemoryError | RecursionError)
+        _say(error=None if too_much else str(error))
         return 0
     _say(vocabulary=tokenizer.vocab_size, has_template=tokenizer.chat_template is not None)
     return 0
 
 
-def _render(renderer: object) -> None:
+def _render(renderer: Renderer) -> None:
     """Render the conversations that everybody has; those that a template may refuse, it may."""
     from outcrop.data.records import Message, Tool
-    from outcrop.data.render import Renderer
 
-    assert isinstance(renderer, Renderer)
     user, answer = Message("user", _HELLO), Message("assistant", _HELLO)
     length = len(renderer.render_prompt((user,)))
     if length > MAX_PROMPT_TOKENS:
@@ -130,17 +136,17 @@ def _say(**found: object) -> None:
     sys.stdout.flush()
 
 
-def _last(output: bytes) -> dict[str, object]:
+def _last(output: bytes) -> dict[str, Any]:
     lines = output.splitlines()
-    found: dict[str, object] = json.loads(lines[-1]) if lines else {}
+    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
     return found
 
 
-def _what(said: dict[str, object]) -> str:
+def _what(said: dict[str, Any]) -> str:
     return str(said.get("stage", "tokenizer"))
 
 
-def _too_long(where: str, said: dict[str, object], seconds: int) -> ModelError:
+def _too_long(where: str, said: dict[str, Any], seconds: int) -> ModelError:
     return ModelError(
         f"The {_what(said)} of {where} runs away: it did not come to an end within {seconds} s. It "
         "was tried with a greeting."

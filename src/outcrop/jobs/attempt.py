@@ -30,13 +30,13 @@ from outcrop.errors import (
     StopRequested,
     TrainingError,
 )
-from outcrop.jobs import artifacts, customization, data_task, memory
+from outcrop.jobs import artifacts, copying, customization, data_task, importing, memory
 from outcrop.jobs.batch import stages as batch
 from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
-from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, Job
+from outcrop.store.rows import BATCH, COPY, CREATION, CUSTOMIZATION, DATA_TASK, IMPORT, Job
 from outcrop.train.memory import is_out_of_memory, peak_memory_bytes, spoils_the_process
 from outcrop.train.portions import gibibytes
 
@@ -47,6 +47,9 @@ STAGES: dict[str, Callable[[Settings, Engine, Job, StopFlag], None]] = {
     CUSTOMIZATION: customization.run,
     DATA_TASK: data_task.run,
     BATCH: batch.run,
+    IMPORT: importing.run_import,
+    CREATION: importing.run_creation,
+    COPY: copying.run,
 }
 """What a job of each kind does."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -22,6 +22,7 @@ from outcrop.ids import S3Uri, custom_model_arn
 from outcrop.jobs import artifacts, memory, validation
 from outcrop.jobs.cleaning import clean_inputs
 from outcrop.jobs.parents import ADAPTER_MEMBER, describe_adapter
+from outcrop.jobs.publishing import publish_folder
 from outcrop.jobs.reporting import Reporter
 from outcrop.jobs.validation import Data, Start
 from outcrop.models.catalog import BaseModel, load_catalog
@@ -29,7 +30,6 @@ from outcrop.objects.client import ObjectStore, object_store
 from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import transaction
-from outcrop.store.files import sync, sync_tree
 from outcrop.store.rows import Job, NewCustomModel
 from outcrop.train.memory import bounded_memory, reserved_bytes
 from outcrop.train.own_parameters import CLEAN
@@ -246,16 +246,8 @@ def _publish(
 ) -> None:
     """Move the artifact to its place, then make model and end of job visible in one transaction."""
     model_id = job.spec["customModelId"]
-    folder = artifacts.model_folder(settings, model_id, job.fence)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    # All of it comes to the disk before the row does: no power cut may leave a model without it.
-    sync_tree(result.artifact)
-    result.artifact.rename(folder)
-    for parent in folder.parents:
-        sync(parent)
-        if parent == settings.data_dir:
-            break
+    place = artifacts.model_folder(settings, model_id, job.fence).relative_to(settings.data_dir)
+    folder = publish_folder(settings, result.artifact, str(place))
     metrics: dict[str, Any] = {
         "trainingMetrics": {"trainingLoss": result.training_loss},
         "validationMetrics": (

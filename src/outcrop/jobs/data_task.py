@@ -22,6 +22,7 @@ from outcrop.data.report import describe_defect
 from outcrop.errors import LeaseLost, ModelError, OutOfMemoryError, StopRequested
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts, making, validation
+from outcrop.jobs.publishing import begin_stage
 from outcrop.jobs.queue import JOB_NEEDS
 from outcrop.jobs.validation import Checked, Start
 from outcrop.models.catalog import BaseModel, load_catalog
@@ -66,7 +67,7 @@ def run(
         )
     kind = job.spec["kind"]
     objects = objects or object_store(settings)
-    _begin_stage(engine, job, kind)
+    begin_stage(engine, job, kind)
     start = validation.begin(settings, engine, objects, job, base, should_stop)
     # At once: whatever an attempt after this one says, it says of the same bytes.
     validation.note(engine, job, data=start.digests.found)
@@ -87,13 +88,6 @@ def run(
         if now is not None and now.fence == job.fence and now.status == "stopping":
             raise StopRequested
         raise LeaseLost
-
-
-def _begin_stage(engine: Engine, job: Job, stage: str) -> None:
-    with transaction(engine) as connection:
-        if not jobs.advance_stage(connection, job.id, job.fence, stage, "InProgress"):
-            raise LeaseLost
-        jobs.record_progress(connection, job.id, job.fence, {"stage": stage})
 
 
 def _check(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sqlalchemy import Engine
 
+from outcrop.ids import IMPORTED_FOLDER
 from outcrop.settings import Settings
 from outcrop.store import jobs, models
 
@@ -44,7 +45,7 @@ class _Used:
     publishing: set[tuple[str, str]]
     """Model id and fence of what running attempts may be about to publish."""
     artifacts: set[str]
-    """Folders of custom models, relative to the data directory."""
+    """Folders of custom and imported models, relative to the data directory."""
 
 
 def find_garbage(
@@ -53,7 +54,10 @@ def find_garbage(
     """Return what may be removed, with its size and the reason."""
     data = settings.data_dir
     scratch = _grandchildren(data / "work")
-    artifacts = _grandchildren(data / "models" / "custom")
+    artifacts = [
+        *_grandchildren(data / "models" / "custom"),
+        *_grandchildren(data / IMPORTED_FOLDER),
+    ]
     logs = _children(data / "logs" / "jobs")
     used = _used(engine)
     found = [
@@ -61,6 +65,7 @@ def find_garbage(
         *_artifacts(data, artifacts, used),
         *_empty(data / "work", "folder of an ended job"),
         *_empty(data / "models" / "custom", "folder of a deleted custom model"),
+        *_empty(data / IMPORTED_FOLDER, "folder of a deleted imported model"),
         *_conversions(data / "models" / "base"),
         *_job_logs(logs, used),
         *_rotated_logs(data / "logs"),
@@ -106,7 +111,7 @@ def _artifacts(data: Path, folders: list[Path], used: _Used) -> Iterator[Garbage
     for folder in folders:
         in_use = str(folder.relative_to(data)) in used.artifacts
         if not in_use and (folder.parent.name, folder.name) not in used.publishing:
-            yield _garbage(folder, "artifact that no custom model uses")
+            yield _garbage(folder, "artifact that no model uses")
 
 
 def _empty(folder: Path, reason: str) -> Iterator[Garbage]:

@@ -114,12 +114,21 @@ def check_writable(connection: Connection, role: Principal, output: S3Uri) -> No
 
 
 def check_bucket(objects: ObjectStore, uri: S3Uri) -> None:
-    """Refuse unless the bucket exists.
+    """Refuse unless the bucket to write to exists.
 
     Raises:
         ValidationException: so it is.
         ObjectStoreError: the store is away; nothing is known of the bucket.
     """
+    _check_bucket(objects, uri, "PutObject")
+
+
+def check_bucket_readable(objects: ObjectStore, uri: S3Uri) -> None:
+    """Refuse unless the bucket to read from exists. Raises as `check_bucket`."""
+    _check_bucket(objects, uri, "ListBucket")
+
+
+def _check_bucket(objects: ObjectStore, uri: S3Uri, what: str) -> None:
     try:
         if objects.bucket_exists(uri.bucket):
             return
@@ -129,7 +138,7 @@ def check_bucket(objects: ObjectStore, uri: S3Uri) -> None:
             raise
         reason = str(error)
     raise ValidationException(
-        f"Could not validate PutObject permissions to access S3 bucket: {uri.bucket}. {reason}"
+        f"Could not validate {what} permissions to access S3 bucket: {uri.bucket}. {reason}"
     )
 
 

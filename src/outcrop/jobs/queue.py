@@ -31,7 +31,8 @@ JOB_NEEDS = "jobNeeds"
 """In the row of a data task: the cores and the memory that a job with its members would ask for."""
 TASK_SLOTS = 1
 """Data tasks that run at once beside the jobs, in a line of their own: a check that takes seconds
-must not wait for hours behind a training. They yield to everything else, and use one core."""
+must not wait for hours behind a training. They yield to everything else, and use one core. So it is
+with imports, models made of weights in S3, and copies: one of each kind at a time."""
 
 
 @dataclass(frozen=True)

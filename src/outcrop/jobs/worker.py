@@ -28,7 +28,16 @@ from outcrop.processes.supervise import describe_exit
 from outcrop.settings import Settings
 from outcrop.store import batches, jobs
 from outcrop.store.database import check_version, connect, transaction
-from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, Job, LiveJob
+from outcrop.store.rows import (
+    BATCH,
+    COPY,
+    CREATION,
+    CUSTOMIZATION,
+    DATA_TASK,
+    IMPORT,
+    Job,
+    LiveJob,
+)
 from outcrop.train.portions import gibibytes
 
 logger = logging.getLogger("outcrop.worker")
@@ -45,7 +54,7 @@ EXIT_SECONDS = 30.0
 PAUSE_SECONDS = 2.0
 """After a fault of the machine (database away, no process to be had), before the next try."""
 LOG_TAIL_BYTES = 600
-_KINDS = (CUSTOMIZATION, DATA_TASK, BATCH)
+_KINDS = (CUSTOMIZATION, DATA_TASK, BATCH, IMPORT, CREATION, COPY)
 KILL_SECONDS = 10.0
 """An attempt that ends so soon after the kernel ended some process for memory was that process:
 freeing gigabytes takes a moment, and nobody looks more often than POLL_SECONDS."""

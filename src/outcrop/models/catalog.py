@@ -153,6 +153,8 @@ class BaseModel:
     pre_training_records: RecordQuota = field(default_factory=RecordQuota)
     """For continued pre-training."""
     sources: tuple[str, ...] = ()
+    takes_messages: bool = True
+    """Whether it answers conversations; an imported model without a chat template does not."""
 
     @property
     def ids(self) -> tuple[str, ...]:

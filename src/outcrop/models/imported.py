@@ -47,8 +47,6 @@ class Imported:
     num_parameters: int
     num_bytes: int
     """Of the weights."""
-    digest: str
-    """Of the folder without this record, as `artifact.folder_digest` computes it."""
     context_tokens: int
     adapter_targets: tuple[str, ...]
     """Last part of the names of the linear layers."""
@@ -131,6 +129,7 @@ def imported_base(settings: Settings, key: str, like: BaseModel) -> BaseModel | 
         token_limits=(),
         lora=replace(like.lora, targets=record.adapter_targets),
         sources=(),
+        takes_messages=record.instruct,
     )
 
 

@@ -132,7 +132,8 @@ def weight_files(listed: Listed, index: Any) -> tuple[str, ...]:
         is_name = isinstance(name, str) and name.endswith(SUFFIX)
         if not is_name or "/" in name or "\\" in name or name.startswith("."):
             raise ModelError(
-                f"{listed.where}{INDEX} says that the tensor {tensor[:80]} is in {str(name)[:80]!r}. "
+                f"{listed.where}{INDEX} says that the tensor {tensor[:80]} is in "
+                f"{str(name)[:80]!r}. "
                 f"It must be the name of a {SUFFIX} file beside the index."
             )
     names = sorted(set(table.values()))

@@ -320,6 +320,20 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(config, tensors, bool(described.get("fan_in_fan_out")))
 
 
+def check_fits(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse an adapter that is not made for exactly a model's layers; it needs no numbers.
+
+    Raises:
+        ModelError: names the layer, and both shapes where they differ.
+    """
+    layers = {
+        name: _weight_OI(module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in adapter.config.targets and _is_linear(module)
+    }
+    _check_fit(adapter, layers)
+
+
 def _adaptable(model: nn.Module, targets: tuple[str, ...]) -> dict[str, LoraLinear]:
     """Return the named layers in a form that can carry an adapter, made so where they are not."""
     layers = {}

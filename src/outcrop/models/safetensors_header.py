@@ -21,8 +21,22 @@ MAX_HEADER_BYTES = 16 * 1024 * 1024
 """LIMIT: ours; enough for 100,000 tensors. The largest models that are published have a tenth."""
 MAX_DIMENSIONS = 8
 DTYPE_BYTES: Mapping[str, int] = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2},
-    **{"I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1},
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 """What the format knows, in bytes a number."""
 _ENTRY = {"dtype", "shape", "data_offsets"}

@@ -22,6 +22,8 @@ _LEFT_OVER = re.compile(
     r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids)$"
 )
 """Tensors that older programs save along, and that no model needs: rotations, masks, positions."""
+_RENAMED = {"embed_out.weight": "lm_head.weight"}
+"""How files have it, and how the model does: GPT-NeoX's head."""
 _SHOWN = 120
 
 
@@ -48,9 +50,7 @@ def described_model(folder: Path, where: str) -> Any:
         ) from error
 
 
-def check_shapes(
-    model: Any, tensors: Mapping[str, Mapping[str, TensorEntry]], where: str
-) -> int:
+def check_shapes(model: Any, tensors: Mapping[str, Mapping[str, TensorEntry]], where: str) -> int:
     """Refuse weights that are not exactly those of a model.
 
     Args:
@@ -67,7 +67,7 @@ def check_shapes(
     found: dict[str, int] = {}
     for file, entries in tensors.items():
         for given, entry in entries.items():
-            names = (given, prefix + given, given.removeprefix(prefix))
+            names = (given, prefix + given, given.removeprefix(prefix), _RENAMED.get(given))
             name = next((one for one in names if one in wanted), None)
             if name is None:
                 if _LEFT_OVER.search(given):
@@ -78,8 +78,8 @@ def check_shapes(
                 )
             if entry.shape != wanted[name]:
                 raise ModelError(
-                    f"{where}{file}: the tensor {given[:_SHOWN]} has the shape {list(entry.shape)}, "
-                    f"and config.json says {list(wanted[name])}."
+                    f"{where}{file}: the tensor {given[:_SHOWN]} has the shape "
+                    f"{list(entry.shape)}, and config.json says {list(wanted[name])}."
                 )
             found[name] = found.get(name, 0) + 1
     twice = next((name for name, count in found.items() if count > 1), None)
@@ -112,13 +112,13 @@ def check_finite(
                 tensor = opened.get_tensor(name)
                 if not tensor.is_floating_point():
                     continue
-                odd = ~torch.isfinite(tensor.view(-1))
+                odd = ~torch.isfinite(tensor.reshape(-1))
                 if bool(odd.any()):
                     place = int(odd.nonzero()[0])
                     raise ModelError(
                         f"{where}{file}: the tensor {name[:_SHOWN]} holds "
-                        f"{float(tensor.view(-1)[place])} at place {place:,}, and {int(odd.sum()):,} "
-                        "such numbers in all. Weights must be finite."
+                        f"{float(tensor.reshape(-1)[place])} at place {place:,}, and "
+                        f"{int(odd.sum()):,} such numbers in all. Weights must be finite."
                     )
 
 

@@ -93,9 +93,14 @@ class ModelClient:
         # After the connection was given back: who has read this event may never ask for another.
         yield event
 
-    async def count(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
-        """Return how many tokens the prompt has. Raises as `stream`."""
-        found = await self._ask("count", messages_to_json(tuple(messages), tuple(tools)))
+    async def count(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: str | None = None
+    ) -> int:
+        """Return how many tokens the prompt has: of messages, or of a text as it stands whose
+        control tokens count as such. Raises as `stream`.
+        """
+        body = messages_to_json(tuple(messages), tuple(tools), prompt)
+        found = await self._ask("count", body)
         return int(found["input_tokens"])
 
     async def stats(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from outcrop.serve.request import (
     TokenEvent,
     event_to_json,
     messages_from_json,
+    prompt_from_json,
     request_from_json,
 )
 
@@ -246,7 +247,8 @@ class Connection:
 
     def _count(self, body: bytes) -> bytes:
         messages, tools = _read(messages_from_json, body)
-        return _line({"input_tokens": self._owner.engine.count_tokens(messages, tools)})
+        prompt = _read(prompt_from_json, body)
+        return _line({"input_tokens": self._owner.engine.count_tokens(messages, tools, prompt)})
 
     def _answer(self, work: Callable[[], bytes]) -> None:
         try:

@@ -49,7 +49,7 @@ from outcrop.serve.packed import FEW_BITS
 from outcrop.serve.paged import MAX_PAGE_BYTES, PagedBackend, can_be_paged
 from outcrop.serve.pages import PagePool, PageTable
 from outcrop.serve.plain import PlainBackend
-from outcrop.serve.prompt import fit_request, render_prompt
+from outcrop.serve.prompt import encode_prompt, fit_request, render_prompt
 from outcrop.serve.rate import RateMeter
 from outcrop.serve.request import Generation, GenerationRequest
 from outcrop.serve.sequence import TokenSequence
@@ -155,8 +155,12 @@ class BatchEngine:
             if task := self._tasks.get(number):
                 task.cancelled = True
 
-    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: str | None = None
+    ) -> int:
         """See `Engine.count_tokens`."""
+        if prompt is not None:
+            return len(encode_prompt(self.renderer, prompt, self.max_context, spells_control=True))
         return len(render_prompt(self.renderer, messages, self.max_context, tools))
 
     def stats(self) -> EngineStats:

@@ -88,8 +88,13 @@ class Engine(Protocol):
     def cancel(self, number: int) -> None:
         """Give up a request before its next token; one that has ended is left alone."""
 
-    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: str | None = None
+    ) -> int:
         """Return how many tokens the prompt has.
+
+        Args:
+            prompt: a text as it stands, instead of messages; control tokens in it are such.
 
         Raises:
             ValidationException: the messages cannot be rendered.

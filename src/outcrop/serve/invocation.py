@@ -139,5 +139,6 @@ def generation_request(
         adapter_digest=adapter_digest,
         timeout_seconds=timeout_seconds,
         prompt=native.raw_prompt,
+        spells_control=native.spells_control,
         owner=owner,
     )

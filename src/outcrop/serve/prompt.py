@@ -55,7 +55,10 @@ def fit_request(
     """
     sampling = request.sampling
     if request.prompt is not None:
-        ids, max_tokens = check_prompt(renderer, request.prompt, sampling, max_context, vocabulary)
+        ids, max_tokens = check_prompt(
+            *(renderer, request.prompt, sampling, max_context, vocabulary),
+            spells_control=request.spells_control,
+        )
     else:
         ids, max_tokens = fit_prompt(
             *(renderer, request.messages, sampling, max_context),
@@ -108,32 +111,50 @@ def fit_prompt(
     return ids, wanted
 
 
+def encode_prompt(
+    renderer: Renderer, prompt: str, max_context: int, *, spells_control: bool
+) -> list[int]:
+    """Return the tokens of a text that a model goes on with; see `check_prompt`.
+
+    Raises:
+        ValidationException: it is longer than any text that fits into `max_context`.
+    """
+    most = max_context * renderer.tokenizer.longest_token
+    if len(prompt) > most:
+        raise ValidationException(
+            f"The prompt has {len(prompt):,} characters; {most:,} are the most that fit into "
+            f"the model's context of {max_context:,} tokens. Shorten the prompt."
+        )
+    start = renderer.tokenizer.document_start
+    if spells_control:
+        ids = renderer.tokenizer.encode_scaffold(prompt)
+        return ids if tuple(ids[: len(start)]) == start else [*start, *ids]
+    ids = renderer.tokenizer.encode(prompt)
+    return [*start, *ids] if ids else ids
+
+
 def check_prompt(
     renderer: Renderer,
     prompt: str | Sequence[int],
     sampling: SamplingParams,
     max_context: int,
     vocabulary: int,
+    *,
+    spells_control: bool = False,
 ) -> tuple[list[int], int]:
     """Return a prompt's tokens that is taken as it stands, and how many may be drawn after it.
 
     A text begins as the documents of continued pre-training do: with the beginning token, where the
     model's own tokenizer puts one. Token ids are all that there is.
 
+    Args:
+        spells_control: whether the control tokens that a text spells are those tokens.
     Raises:
         ValidationException: it is empty, has a token that the model does not know, or does not fit
             into `max_context` with the answer.
     """
     if isinstance(prompt, str):
-        most = max_context * renderer.tokenizer.longest_token
-        if len(prompt) > most:
-            raise ValidationException(
-                f"The prompt has {len(prompt):,} characters; {most:,} are the most that fit into "
-                f"the model's context of {max_context:,} tokens. Shorten the prompt."
-            )
-        ids = renderer.tokenizer.encode(prompt)
-        if ids:
-            ids = [*renderer.tokenizer.document_start, *ids]
+        ids = encode_prompt(renderer, prompt, max_context, spells_control=spells_control)
     else:
         ids = list(prompt)
     if not ids:

@@ -82,6 +82,8 @@ class GenerationRequest:
     """With tools, what the answer begins with; it is no part of the answer's text."""
     shown: tuple[str, ...] = ()
     """Control tokens that the answer's text shows; all others are left out of it."""
+    spells_control: bool = False
+    """Whether the control tokens that a text of `prompt` spells are those tokens."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def request_to_json(request: GenerationRequest) -> bytes:
             "tools": [vars(tool) for tool in request.tools],
             "start": request.start,
             "shown": request.shown,
+            "spells_control": request.spells_control,
         }
     )
 
@@ -169,18 +172,28 @@ def request_from_json(body: bytes) -> GenerationRequest:
         tools=_read_tools(value["tools"]),
         start=value["start"],
         shown=tuple(value["shown"]),
+        spells_control=value.get("spells_control", False),
     )
 
 
-def messages_to_json(messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> bytes:
-    """Return the messages, and the tools, as one JSON object."""
-    return _encode({"messages": _messages(messages), "tools": [vars(tool) for tool in tools]})
+def messages_to_json(
+    messages: tuple[Message, ...], tools: tuple[Tool, ...] = (), prompt: str | None = None
+) -> bytes:
+    """Return the messages, and the tools, as one JSON object; or a prompt as it stands."""
+    told = [vars(tool) for tool in tools]
+    return _encode({"messages": _messages(messages), "tools": told, "prompt": prompt})
 
 
 def messages_from_json(body: bytes) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
     """Read what `messages_to_json` wrote; raises as `request_from_json` does."""
     value = json.loads(body)
     return _read_messages(value["messages"]), _read_tools(value["tools"])
+
+
+def prompt_from_json(body: bytes) -> str | None:
+    """Read the prompt that `messages_to_json` wrote; None where there is none."""
+    prompt = json.loads(body).get("prompt")
+    return None if prompt is None else str(prompt)
 
 
 def event_to_json(event: Event) -> bytes:

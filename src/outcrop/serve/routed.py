@@ -57,9 +57,11 @@ class RoutedEngine:
         if engine is not None:
             engine.cancel(number // 2)
 
-    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: str | None = None
+    ) -> int:
         """See `Engine.count_tokens`."""
-        return self._first.count_tokens(messages, tools)
+        return self._first.count_tokens(messages, tools, prompt)
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`: the sums of both."""

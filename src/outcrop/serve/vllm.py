@@ -44,7 +44,7 @@ from outcrop.serve.engine import SECONDS, TOKENS, unusable
 from outcrop.serve.fairness import BATCH, ON_DEMAND, PROVISIONED, class_of
 from outcrop.serve.histogram import Counts, Histogram
 from outcrop.serve.interface import Deliver, EngineStats
-from outcrop.serve.prompt import fit_request, render_prompt
+from outcrop.serve.prompt import encode_prompt, fit_request, render_prompt
 from outcrop.serve.request import Generation, GenerationRequest, SamplingParams, TokenLogprob
 from outcrop.serve.sequence import TokenSequence
 from outcrop.serve.vllm_library import MAX_ADAPTERS_KEPT, Library
@@ -164,8 +164,12 @@ class VllmEngine:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(lambda: task.running and task.running.cancel())
 
-    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: str | None = None
+    ) -> int:
         """See `Engine.count_tokens`."""
+        if prompt is not None:
+            return len(encode_prompt(self.renderer, prompt, self.max_context, spells_control=True))
         return len(render_prompt(self.renderer, messages, self.max_context, tools))
 
     def stats(self) -> EngineStats:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from outcrop.errors import ConflictException, ServiceQuotaExceededException
 from outcrop.store import models, tables
-from outcrop.store.rows import NewJob
+from outcrop.store.rows import COPY, CUSTOMIZATION, NewJob
 
 
 def check_names(connection: Connection, new: NewJob) -> None:
@@ -29,10 +29,8 @@ def check_names(connection: Connection, new: NewJob) -> None:
     being_made = sa.select(columns.id).where(
         *mine, columns.model_name == new.model_name, tables.being_made
     )
-    if (
-        connection.execute(being_made).first() is not None
-        or models.get_model(connection, new.account, new.region, new.model_name) is not None
-    ):
+    is_taken = models.is_name_taken(connection, new.account, new.region, new.model_name)
+    if is_taken or connection.execute(being_made).first() is not None:
         raise _name_in_use("model")
 
 
@@ -51,7 +49,7 @@ def check_model_quota(connection: Connection, new: NewJob, limit: int) -> None:
     live = sa.select(sa.func.count()).where(
         columns.account == new.account,
         columns.region == new.region,
-        columns.model_name.is_not(None),
+        columns.kind.in_((CUSTOMIZATION, COPY)),  # a model of another kind has its row already
         tables.being_made,
     )
     count = models.count_models(connection, new.account, new.region) + int(
@@ -59,6 +57,6 @@ def check_model_quota(connection: Connection, new: NewJob, limit: int) -> None:
     )
     if count >= limit:
         raise ServiceQuotaExceededException(
-            f"The account has {count} custom models, those being trained included; {limit} are "
+            f"The account has {count} custom models, those being made included; {limit} are "
             "allowed. Delete one, or raise the setting max_custom_models."
         )

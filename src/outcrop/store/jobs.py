@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from outcrop.store import events, models, tables, tokens
 from outcrop.store.database import lock_account
 from outcrop.store.job_names import check_model_quota, check_names
-from outcrop.store.listing import Listing, list_page
+from outcrop.store.listing import Listing, contains, list_page
 from outcrop.store.rows import (
     CUSTOMIZATION,
     Job,
@@ -157,12 +157,25 @@ def list_jobs(
     kind: str,
     *,
     statuses: Sequence[JobStatus] | None = None,
+    model_name_contains: str | None = None,
+    spec_equals: Mapping[str, str | None] | None = None,
     **listing: Unpack[Listing],
 ) -> Page[JobSummary]:
-    """List an account's jobs of one kind; see `list_page`."""
+    """List an account's jobs of one kind; see `list_page`.
+
+    Args:
+        model_name_contains: text that the name of the model must hold which a job makes.
+        spec_equals: members of the spec and their values; None stands for any.
+    """
     status = _TABLE.c.status
+    conditions = [_TABLE.c.kind == kind]
+    if model_name_contains is not None:
+        conditions.append(contains(connection, _TABLE.c.model_name, model_name_contains))
+    for name, value in (spec_equals or {}).items():
+        if value is not None:
+            conditions.append(_TABLE.c.spec[name].as_string() == value)
     return list_page(
-        *(connection, _TABLE, JobSummary, account, region, [_TABLE.c.kind == kind]),
+        *(connection, _TABLE, JobSummary, account, region, conditions),
         one_of=None if statuses is None else [status == value for value in statuses],
         **listing,
     )
@@ -383,6 +396,7 @@ def fail_exhausted(connection: Connection, max_attempts: int) -> list[str]:
             last_modified_at=now,
         ):
             _event(connection, job.id, "ERROR", "Failed", message)
+            models.fail_creation(connection, job.id, message[:MAX_FAILURE_MESSAGE])
             failed.append(job.id)
     return failed
 
@@ -505,6 +519,7 @@ def fail_job(connection: Connection, job_id: str, fence: int, message: str) -> b
         return False
     _set_live_stages(connection, job_id, "Failed")
     _event(connection, job_id, "ERROR", "Failed", message)
+    models.fail_creation(connection, job_id, message[:MAX_FAILURE_MESSAGE])
     return True
 
 

@@ -31,6 +31,13 @@ class Listing(TypedDict, total=False):
     after: tuple[int, str] | None
 
 
+def contains(connection: Connection, column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
+    """Return the condition that a column holds a text, case counted."""
+    # Not LIKE: SQLite's ignores case, and the text may hold its wild cards.
+    found = sa.func.instr if connection.dialect.name == "sqlite" else sa.func.strpos
+    return found(column, text) > 0
+
+
 def list_page(
     connection: Connection,
     table: Table,
@@ -62,9 +69,7 @@ def list_page(
     columns = table.c
     wanted = [columns.account == account, columns.region == region, *conditions]
     if name_contains is not None:
-        # Not LIKE: SQLite's ignores case, and the text may hold its wild cards.
-        found = sa.func.instr if connection.dialect.name == "sqlite" else sa.func.strpos
-        wanted.append(found(columns.name, name_contains) > 0)
+        wanted.append(contains(connection, columns.name, name_contains))
     if created_after is not None:
         wanted.append(columns.created_at > created_after)
     if created_before is not None:

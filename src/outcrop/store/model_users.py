@@ -1,4 +1,4 @@
-"""Who uses a custom model, and so keeps it from being deleted.
+"""Who uses a custom or imported model, and so keeps it from being deleted.
 
 A kind of resource that works with custom models adds a function to `_USERS`. Whoever creates such a
 resource looks for the model, and writes its row, under `lock_account`; whoever deletes the model
@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from outcrop.store import deployments, tables
-from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, CustomModel
+from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, CustomModel, ImportedModel
 
+Model = CustomModel | ImportedModel
 LIMIT_NAMED = 5
 """Users of one kind that a message names; a thousand jobs would fill it."""
 _JOB_NOUNS = {
@@ -24,7 +25,7 @@ _JOB_NOUNS = {
 }
 
 
-def users_of(connection: Connection, model: CustomModel) -> list[str]:
+def users_of(connection: Connection, model: Model) -> list[str]:
     """Return what uses a model now, each as a message names it: `provisioned throughput pt-1`.
 
     Of each kind the first few names, in their order, and how many more there are. An empty list
@@ -33,7 +34,7 @@ def users_of(connection: Connection, model: CustomModel) -> list[str]:
     return [user for find in _USERS for user in find(connection, model)]
 
 
-def _jobs(connection: Connection, model: CustomModel) -> list[str]:
+def _jobs(connection: Connection, model: Model) -> list[str]:
     """Jobs of every kind that work with it and have not ended."""
     columns = tables.job.c
     query = sa.select(columns.kind, columns.name).where(
@@ -50,7 +51,7 @@ def _jobs(connection: Connection, model: CustomModel) -> list[str]:
     ]
 
 
-def _throughputs(connection: Connection, model: CustomModel) -> list[str]:
+def _throughputs(connection: Connection, model: Model) -> list[str]:
     """Provisioned throughputs that serve it, or are to."""
     columns = tables.throughput.c
     query = sa.select(columns.name).where(
@@ -60,7 +61,7 @@ def _throughputs(connection: Connection, model: CustomModel) -> list[str]:
     return _named("provisioned throughput", connection.execute(query).scalars())
 
 
-def _deployments(connection: Connection, model: CustomModel) -> list[str]:
+def _deployments(connection: Connection, model: Model) -> list[str]:
     """Deployments that serve it, or move to it."""
     scope = (model.account, model.region)
     return _named(
@@ -75,7 +76,7 @@ def _named(noun: str, names: Iterable[str]) -> list[str]:
     return [*named, *([f"{more} more of the kind {noun}"] if more else [])]
 
 
-_USERS: tuple[Callable[[Connection, CustomModel], list[str]], ...] = (
+_USERS: tuple[Callable[[Connection, Model], list[str]], ...] = (
     _jobs,
     _throughputs,
     _deployments,

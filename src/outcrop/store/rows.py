@@ -10,11 +10,16 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 import sqlalchemy as sa
 
+from outcrop.ids import IMPORTED_FOLDER
+
 JobStatus = Literal["queued", "running", "stopping", "completed", "failed", "stopped"]
 T = TypeVar("T")
 CUSTOMIZATION, DATA_TASK, BATCH = "customization", "data", "batch"
 """The kinds of jobs: one trains a model, one works on data, one asks a model. Each kind has a line
 of its own."""
+IMPORT, CREATION, COPY = "import", "creation", "copy"
+"""Those that bring a model: one imports one, one makes a custom model of weights in S3, one copies
+a custom model from another region."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class NewJob:
     account: str
     region: str
     kind: str
-    """What it does: CUSTOMIZATION, DATA_TASK or BATCH."""
+    """What it does, one of the kinds above."""
     arn: str
     name: str
     owner_principal: str
@@ -95,6 +100,7 @@ class JobSummary:
     status: JobStatus
     spec: dict[str, Any]
     result: dict[str, Any] | None
+    failure_message: str | None
     created_at: datetime
     last_modified_at: datetime
     ended_at: datetime | None
@@ -212,6 +218,60 @@ class CustomModel:
     artifact_path: str
     artifact_digest: str
     status: str
+    """Creating, Active or Failed."""
+    created_at: datetime
+    creation_job_id: str | None
+    """The job that makes it of weights in S3; None of a model that was trained or copied."""
+    failure_message: str | None
+
+    @property
+    def is_own_base(self) -> bool:
+        """Whether its artifact is a whole model that needs no base weights: it is its own base."""
+        return self.artifact_path.startswith(f"{IMPORTED_FOLDER}/")
+
+
+@dataclass(frozen=True)
+class NewImportedModel:
+    """An imported model to be published."""
+
+    id: str
+    account: str
+    region: str
+    arn: str
+    name: str
+    job_arn: str
+    job_name: str
+    weights: str
+    """Key of its weights, which is the id of it as a base model."""
+    architecture: str
+    instruct: bool
+    """Whether it has a chat template."""
+    spec: dict[str, Any]
+    """Where it came from, as it was asked for."""
+    digest: str
+    """Of its folder."""
+    num_bytes: int
+    """Of its weights."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """An imported model."""
+
+    id: str
+    account: str
+    region: str
+    arn: str
+    name: str
+    job_arn: str
+    job_name: str
+    weights: str
+    architecture: str
+    instruct: bool
+    spec: dict[str, Any]
+    digest: str
+    num_bytes: int
     created_at: datetime
 
 

@@ -260,9 +260,34 @@ custom_model = sa.Table(
     _required("artifact_digest", sa.String(64)),
     _required("status", sa.String(16)),
     _required("created_at", Instant),
+    # Of a model that a job of ours makes out of weights in S3: its row is there before it is.
+    sa.Column("creation_job_id", sa.String(12)),
+    sa.Column("failure_message", sa.Text),
     sa.UniqueConstraint("account", "region", "name"),
     sa.UniqueConstraint("account", "region", "arn"),
     sa.Index("custom_model_list", "account", "region", "created_at", "id"),
+    sa.Index("custom_model_creation", "creation_job_id"),
+)
+
+imported_model = sa.Table(
+    "imported_model",
+    metadata,
+    sa.Column("id", sa.String(12), primary_key=True),
+    *_scope(),
+    _required("arn", sa.String(1011)),
+    _required("name", sa.String(63)),
+    _required("job_arn", sa.String(1011)),
+    _required("job_name", sa.String(63)),
+    _required("weights", sa.String(128)),
+    _required("architecture", sa.String(128)),
+    _required("instruct", sa.Boolean),
+    _required("spec", sa.JSON),
+    _required("digest", sa.String(64)),
+    _required("num_bytes", sa.BigInteger),
+    _required("created_at", Instant),
+    sa.UniqueConstraint("account", "region", "name"),
+    sa.UniqueConstraint("account", "region", "arn"),
+    sa.Index("imported_model_list", "account", "region", "created_at", "id"),
 )
 
 throughput = sa.Table(

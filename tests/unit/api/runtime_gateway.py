@@ -32,6 +32,7 @@ from outcrop.serve.request import (
     TokenEvent,
     event_to_json,
     messages_from_json,
+    prompt_from_json,
     request_from_json,
 )
 from outcrop.settings import Settings
@@ -63,6 +64,7 @@ class ScriptedModelServer:
         self.num_connections = 0
         self.counted: list[tuple[Message, ...]] = []
         self.counted_tools: list[tuple[Tool, ...]] = []
+        self.counted_prompts: list[str | None] = []
         self.was_left = threading.Event()
         """A client went away from an answer that was not over."""
         self._loop = asyncio.new_event_loop()
@@ -118,6 +120,7 @@ class ScriptedModelServer:
             messages, tools = messages_from_json(body)
             self.counted.append(messages)
             self.counted_tools.append(tools)
+            self.counted_prompts.append(prompt_from_json(body))
             writer.write(json.dumps({"input_tokens": 7}).encode() + b"\n")
             return True
         request = request_from_json(body)
@@ -154,6 +157,7 @@ class Gateway:
         credentials: Credentials | None = None,
         *,
         service: str = "bedrock-runtime",
+        region: str | None = None,
         read_timeout: float = SECONDS,
     ) -> Any:
         """Return a boto3 client of a service that asks once; closed with the gateway."""
@@ -163,7 +167,7 @@ class Gateway:
             endpoint_url=self.url,
             aws_access_key_id=credentials.access_key_id,
             aws_secret_access_key=credentials.secret_access_key,
-            region_name=self.settings.region,
+            region_name=region or self.settings.region,
             config=Config(retries={"total_max_attempts": 1}, read_timeout=read_timeout),
         )
         self.clients.append(made)

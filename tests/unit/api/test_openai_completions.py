@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.api.runtime_gateway import ANSWER, SECONDS, Gateway, running_gateway
 
-from outcrop.api import openai_answers as answers
 from outcrop.errors import ValidationException
 from outcrop.identity import api_keys
+from outcrop.serve.prompt_formats import openai_answers as answers
 from outcrop.serve.request import Generation, TokenEvent, TokenLogprob
 
 LLAMA = "meta.llama3-8b-instruct-v1:0"

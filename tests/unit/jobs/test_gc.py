@@ -72,7 +72,7 @@ def test_artifacts_are_garbage_when_no_model_uses_them(settings: Settings, engin
     publishing = put(data, f"models/custom/{job.spec['customModelId']}/1/adapter.safetensors")
     put(data, "models/custom/deleted/1/adapter.safetensors")
     age(data)
-    unused = (5, "artifact that no custom model uses")
+    unused = (5, "artifact that no model uses")
     assert found(settings, engine) == {
         f"models/custom/{used.id}/2": unused,
         "models/custom/deleted/1": unused,

@@ -15,7 +15,7 @@ from typing import Any
 
 from outcrop.errors import ValidationException
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats import claude, cohere, llama, mistral, nova, titan
+from outcrop.serve.prompt_formats import claude, cohere, imported, llama, mistral, nova, titan
 from outcrop.serve.prompt_formats.native import NativeRequest, Piece
 from outcrop.serve.prompt_formats.schema import Fields, parse_object
 from outcrop.serve.request import Generation, SamplingParams
@@ -100,6 +100,16 @@ FAMILIES: Mapping[str, Family] = {
             "temperature": ("inferenceConfig", "temperature"),
             "topP": ("inferenceConfig", "topP"),
             "stopSequences": ("inferenceConfig", "stopSequences"),
+        },
+    ),
+    "imported": Family(
+        *(imported.parse, imported.format, imported.chunks, imported.sampling, imported.FIELDS),
+        prompt_keys=("prompt", "logprobs"),
+        inference={
+            "maxTokens": ("max_gen_len",),
+            "temperature": ("temperature",),
+            "topP": ("top_p",),
+            "stopSequences": ("stop",),
         },
     ),
 }

@@ -21,7 +21,13 @@ from outcrop.data.records import BETWEEN_BLOCKS, Message
 from outcrop.errors import ValidationException
 from outcrop.models.catalog import BaseModel
 from outcrop.serve.prompt_formats import FAMILIES, Family, NativeRequest
-from outcrop.serve.prompt_formats.schema import MAX_STOP_SEQUENCES, Field, Fields, check
+from outcrop.serve.prompt_formats.schema import (
+    MAX_STOP_SEQUENCES,
+    Field,
+    Fields,
+    check,
+    check_takes_messages,
+)
 from outcrop.serve.prompt_formats.tools import (
     Turn,
     converse_turn,
@@ -53,6 +59,7 @@ def parse_converse(base: BaseModel, params: Mapping[str, Any]) -> NativeRequest:
         ValidationException: the turns are in no order, a block is empty or no text, or a parameter
             is unknown or out of its range; the message names which.
     """
+    check_takes_messages(base)
     system = BETWEEN_BLOCKS.join(
         _text(block, f"system.{place}", "SystemContentBlock")
         for place, block in enumerate(params.get("system") or ())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from outcrop.data.records import Message, Tool, ToolCall
 from outcrop.models.templates import ToolFormat
 from outcrop.serve.request import Generation, SamplingParams
 from outcrop.serve.tool_calls import Found
+
+if TYPE_CHECKING:
+    from outcrop.serve.prompt_formats.openai_answers import Reply
 
 Choice = Literal["auto", "any", "tool", "none"]
 
@@ -49,6 +52,10 @@ class NativeRequest:
     """Answers that are wanted, each drawn anew."""
     raw_prompt: str | tuple[int, ...] | None = None
     """What the model goes on with as it stands, instead of messages: `GenerationRequest.prompt`."""
+    spells_control: bool = False
+    """Whether the control tokens that the text of `raw_prompt` spells are those tokens."""
+    reply: Reply | None = None
+    """How an answer in OpenAI's form is headed; None where the body is of another form."""
     in_pieces: bool | None = None
     """Whether the body itself wants its answer in pieces; None where its family does not say."""
     tool_use: ToolUse | None = None

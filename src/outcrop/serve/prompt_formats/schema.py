@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeAlias
 
 from outcrop.errors import ApiError, ValidationException
+from outcrop.models.catalog import BaseModel
 from outcrop.wire.document import read_json
 
 Kind = Literal["string", "number", "integer", "boolean", "strings", "object", "objects", "any"]
@@ -98,6 +99,20 @@ def refuse(violation: str) -> NoReturn:
 def refuse_json(reason: str) -> NoReturn:
     """Raise Bedrock's error for a body that cannot be read, with the reason after it."""
     raise ValidationException(f"Malformed input request, {TRY_AGAIN} {reason}")
+
+
+def check_takes_messages(base: BaseModel) -> None:
+    """Refuse a conversation with a model that has no form for one.
+
+    Raises:
+        ValidationException: so it is.
+    """
+    if not base.takes_messages:
+        raise ValidationException(
+            f"The model {base.full_name} doesn't support conversations: it was imported without a "
+            "chat template. Use InvokeModel with a prompt, or import it with a chat_template in "
+            "tokenizer_config.json."
+        )
 
 
 def check_max_tokens(requested: int | None, limit: int) -> int | None:

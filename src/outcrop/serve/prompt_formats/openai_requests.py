@@ -14,16 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from outcrop.api.openai_tools import join_messages, parse_calls, parse_tools
 from outcrop.data.records import Message, ToolCall
 from outcrop.errors import ValidationException
 from outcrop.models.catalog import BaseModel
-from outcrop.serve.prompt_formats import NativeRequest
-from outcrop.serve.prompt_formats.native import ToolUse
+from outcrop.serve.prompt_formats.native import NativeRequest, ToolUse
+from outcrop.serve.prompt_formats.openai_tools import join_messages, parse_calls, parse_tools
 from outcrop.serve.prompt_formats.schema import (
     MAX_SHOWN,
     MAX_STOP_SEQUENCE,
     MAX_STOP_SEQUENCES,
+    check_takes_messages,
 )
 from outcrop.serve.request import SamplingParams
 from outcrop.wire.document import describe, shorten
@@ -110,6 +110,7 @@ def parse_chat(base: BaseModel, body: Mapping[str, Any]) -> Ask:
         ValidationException: a field is missing, unknown, not supported, of a wrong type or out of
             range; `members["param"]` names it.
     """
+    check_takes_messages(base)
     left = _given(body)
     messages = _messages(left.pop("messages", None))
     if "max_tokens" in left and "max_completion_tokens" in left:

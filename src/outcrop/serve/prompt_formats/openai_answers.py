@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from outcrop.api import openai_tools
 from outcrop.errors import ApiError
+from outcrop.serve.prompt_formats import openai_tools
 from outcrop.serve.request import FinishReason, Generation, TokenLogprob
 
 Kind = Literal["chat", "text"]
