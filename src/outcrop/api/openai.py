@@ -44,6 +44,7 @@ from outcrop.serve.prompt_formats import openai_answers as answers
 from outcrop.serve.prompt_formats.openai_requests import Ask, model_id, parse_chat, parse_completion
 from outcrop.serve.request import Generation, TokenEvent
 from outcrop.store import deployments, models, profiles, throughputs
+from outcrop.store.imported_models import list_imported_models
 from outcrop.store.rows import Page
 from outcrop.wire.document import read_json_object
 from outcrop.wire.serialize import retry_headers
@@ -414,7 +415,7 @@ def _entries(connection: Connection, context: RequestContext) -> list[dict[str, 
         profiles.list_profiles,
     ]
     if context.services.settings.invoke_custom_models:
-        listings.insert(0, partial(models.list_models, status="Active"))
+        listings.insert(0, models.list_models)
     listings.insert(0, list_imported_models)
     for listing in listings:
         position: tuple[int, str] | None = None

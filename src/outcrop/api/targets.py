@@ -16,7 +16,15 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection
 
 from outcrop.api.context import RequestContext
-from outcrop.api.resources import CUSTOM_MODEL, DEPLOYMENT, PROFILE, THROUGHPUT, Kind, Resource
+from outcrop.api.resources import (
+    CUSTOM_MODEL,
+    DEPLOYMENT,
+    IMPORTED_MODEL,
+    PROFILE,
+    THROUGHPUT,
+    Kind,
+    Resource,
+)
 from outcrop.errors import (
     ModelErrorException,
     ModelNotReadyException,

@@ -40,7 +40,7 @@ KMS_KEY = f"arn:aws:kms:us-east-1:{ACCOUNT}:key/{'a' * 36}"
 def objects(tmp_path_factory: pytest.TempPathFactory) -> MemoryStore:
     """A tiny Llama, below `raw/` without a chat template."""
     folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), vocab_size=400)
-    content = {}
+    content: dict[str, bytes] = {}
     for prefix, template in (("tiny", tiny.CHATML_TEMPLATE), ("raw", None)):
         tiny.write_tokenizer(folder, template, tiny.CHATML_TOKENS, eos="<|im_end|>")
         content |= {f"{prefix}/{file.name}": file.read_bytes() for file in folder.iterdir()}
@@ -187,8 +187,12 @@ def test_a_repeated_token_returns_the_first_job_and_a_taken_name_is_refused(
     for taken in ("chatty", "twice"):
         with pytest.raises(ClientError, match="model name is currently in use") as refused:
             bedrock.create_model_import_job(
-                **{**request, "jobName": "other", "importedModelName": taken},
-                clientRequestToken=f"u-{taken}",
+                **request
+                | {
+                    "jobName": "other",
+                    "importedModelName": taken,
+                    "clientRequestToken": f"u-{taken}",
+                }
             )
         assert code(refused) == "ConflictException"
     with transaction(gateway.engine) as connection:
