@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from sqlalchemy import Engine
 from tests.unit.jobs.conftest import bootstrapped
 from tests.unit.jobs.memory_store import BUCKET, MemoryStore
-from tests.unit.store.build import ACCOUNT, REGION, claimed, new_job, new_model
+from tests.unit.store.build import ACCOUNT, REGION, claimed, new_job, new_model, new_task
 
 from outcrop.errors import LeaseLost, ModelError, ValidationException
 from outcrop.identity import accounts
@@ -26,7 +26,7 @@ from outcrop.ids import (
     new_id,
     role_arn,
 )
-from outcrop.jobs import importing, incoming
+from outcrop.jobs import data_task, importing, incoming
 from outcrop.jobs.attempt import StopFlag, run_attempt
 from outcrop.jobs.gc import find_garbage
 from outcrop.models.artifact import folder_digest
@@ -379,6 +379,40 @@ def test_a_full_disk_is_said_before_anything_is_copied(
     monkeypatch.setattr(incoming, "ROOM_BYTES", 1 << 60)
     with pytest.raises(ModelError, match=r"have .* bytes, and the disk of the data directory has"):
         run(settings, engine, held(engine), store_of(files))
+
+
+def test_a_job_over_an_imported_model_is_accepted_by_its_validation(
+    settings: Settings, engine: Engine, files: dict[str, bytes]
+) -> None:
+    run(settings, engine, held(engine), store_of(files))
+    base = imported(engine)
+    assert base is not None
+    records = [{"prompt": f"question {number}", "completion": " yes"} for number in range(6)]
+    objects = MemoryStore(**{"train.jsonl": "\n".join(map(json.dumps, records)).encode()})
+    spec = {
+        "kind": "preflight",
+        "baseModelId": base.weights,
+        "baseModelArn": base.arn,
+        "weights": base.weights,
+        "customizationType": "FINE_TUNING",
+        "hyperParameters": {},
+        "userHyperParameters": {"epochCount": "1", "batchSize": "2"},
+        "trainingDataConfig": {"s3Uri": f"s3://{BUCKET}/train.jsonl"},
+        "outputDataConfig": {"s3Uri": f"s3://{BUCKET}/out"},
+        "roleArn": ROLE,
+        "jobNeeds": {"cores": 2, "memory_bytes": 4 << 30},
+    }
+    with transaction(engine) as connection:
+        task = claimed(connection, jobs.create_job(connection, new_task(new_id(), spec=spec)))
+        imported_models.delete_imported_model(connection, base)
+    assert garbage_models(settings, engine) == []  # the task needs the weights
+    data_task.run(settings, engine, task, lambda: False, objects=objects)
+    with engine.connect() as connection:
+        ended = jobs.get_job_by_id(connection, task.id)
+    assert ended is not None
+    assert ended.result is not None
+    assert ended.result["verdict"] == "accepted"
+    assert len(garbage_models(settings, engine)) == 1
 
 
 # --- custom models of weights in S3 --------------------------------------------------------------

@@ -11,8 +11,16 @@ from tests.unit.serve.tiny_chat import END, START, write_tiny_chat
 from outcrop.data.records import Message
 from outcrop.data.render import Renderer
 from outcrop.errors import ValidationException
-from outcrop.serve.prompt import check_prompt, fit_prompt
-from outcrop.serve.request import SamplingParams, Truncate
+from outcrop.serve.prompt import check_prompt, encode_prompt, fit_prompt, fit_request
+from outcrop.serve.request import (
+    GenerationRequest,
+    SamplingParams,
+    Truncate,
+    messages_to_json,
+    prompt_from_json,
+    request_from_json,
+    request_to_json,
+)
 
 CONTEXT = 120
 LONG = (Message("system", "Be brief."), Message("user", "START " + "abc " * 200 + " END"))
@@ -105,3 +113,16 @@ def test_a_text_that_is_taken_as_it_stands_begins_as_the_models_texts_do(
     assert check_prompt(begins, tuple(text), sampling, CONTEXT, 262)[0] == text
     with pytest.raises(ValidationException, match="empty"):
         check_prompt(begins, "", sampling, CONTEXT, 262)
+
+
+def test_a_text_that_may_spell_control_tokens_has_them(renderer: Renderer) -> None:
+    text = f"{START}user\nHello{END}"
+    plain = encode_prompt(renderer, text, CONTEXT, spells_control=False)
+    spelt = encode_prompt(renderer, text, CONTEXT, spells_control=True)
+    assert set(spelt) & renderer.tokenizer.special_token_ids
+    assert not set(plain) & renderer.tokenizer.special_token_ids
+    assert len(spelt) < len(plain)
+    request = GenerationRequest((), SamplingParams(max_tokens=5), prompt=text, spells_control=True)
+    assert fit_request(renderer, request, CONTEXT, 10_000)[0] == spelt
+    assert request_from_json(request_to_json(request)) == request
+    assert prompt_from_json(messages_to_json((), (), text)) == text
