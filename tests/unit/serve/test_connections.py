@@ -42,7 +42,9 @@ class Engine:
     def cancel(self, number: int) -> None:
         self.cancelled.append(number)
 
-    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: str | None = None
+    ) -> int:
         raise RuntimeError("a fault of ours")
 
     def stats(self) -> EngineStats:
