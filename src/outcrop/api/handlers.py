@@ -55,6 +55,9 @@ IMPORTED_MODEL_ARN = re.compile(
 )
 """An imported model's ARN, where the service model has room for base and custom models only."""
 IMPORTED_MODEL_MEMBERS = {"modelId", "baseModelIdentifier"}
+IMPORTED_MODEL_ARN_MEMBERS = {"baseModelArnEquals", "foundationModelArnEquals", "modelArnEquals"}
+SOME_BASE_MODEL = "arn:aws:bedrock:any::foundation-model/any.model"
+"""An ARN that the service model has room for where these members name an imported model."""
 CUSTOM_MODEL_ARN_MEMBERS = {"resourceARN", "baseModelArnEquals", "modelArnEquals"}
 """Members that name a custom model, among others, and only by ARN."""
 CUSTOM_MODEL_ARN = re.compile(
@@ -273,6 +276,9 @@ def _as_modelled(params: dict[str, Any]) -> dict[str, Any]:
             imported := IMPORTED_MODEL_ARN.fullmatch(params[member])
         ):
             named[member] = imported["name"]
+    for member in IMPORTED_MODEL_ARN_MEMBERS & params.keys():
+        if isinstance(params[member], str) and IMPORTED_MODEL_ARN.fullmatch(params[member]):
+            named[member] = SOME_BASE_MODEL
     for member in (CUSTOM_MODEL_MEMBERS | CUSTOM_MODEL_ARN_MEMBERS) & params.keys():
         found = isinstance(params[member], str) and CUSTOM_MODEL_ARN.fullmatch(params[member])
         if not found:

@@ -78,7 +78,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         arn=arn,
         name=params["modelName"],
         # Until it is known what it is made over, and for good where it is a whole model.
-        base_model_id="imported",
+        base_model_id="imported.unknown",
         base_model_arn=arn,
         foundation_model_arn=arn,
         customization_type=IMPORTED,

@@ -80,7 +80,8 @@ def try_folder(
     if done.returncode < 0:  # the kernel's signal for too much computing time, or SIGKILL
         raise _too_long(where, said, cpu_seconds)
     reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no reason given"]
-    raise ModelError(f"The {_what(said)} of {where} cannot be used: {reason[0][:300]}")
+    told = reason[0].replace(str(folder), where.rstrip("/"))[:300]
+    raise ModelError(f"The {_what(said)} of {where} cannot be used: {told}")
 
 
 def main(arguments: list[str]) -> int:
@@ -88,7 +89,8 @@ def main(arguments: list[str]) -> int:
     folder, cpu_seconds, memory_bytes = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     from outcrop.data.render import Renderer
 
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    if sys.platform == "linux":  # elsewhere such a limit is refused, or is none
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
     try:
         _say(stage="tokenizer")

@@ -161,6 +161,8 @@ def _end_stopped(engine: Engine, job_id: str, fence: int) -> int:
 
 
 def _fail(engine: Engine, job_id: str, fence: int, message: str) -> int:
+    # What a stranger's file says may hold halves of characters, which no database takes.
+    message = message.encode("utf-8", "replace").decode("utf-8")
     logger.error("failed: %s", message)
     with transaction(engine) as connection:
         jobs.fail_job(connection, job_id, fence, message)

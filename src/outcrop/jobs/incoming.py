@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def _copy(
     for name in names:
         info = found.objects[name]
         # Earlier attempts of this job; one that still runs has lost its lease.
-        for earlier in artifacts.job_folder(settings, job.id).glob(f"*/copied/{name}.etag"):
+        for earlier in artifacts.job_folder(settings, job.id).glob(f"*/copied/{escape(name)}.etag"):
             if earlier.parent != copied and earlier.read_text() == info.etag:
                 source = earlier.parent.parent / "model" / name
                 if source.is_file() and source.stat().st_size == info.num_bytes:

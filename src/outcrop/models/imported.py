@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outcrop.errors import ModelError
 from outcrop.ids import imported_path
@@ -131,8 +131,3 @@ def imported_base(settings: Settings, key: str, like: BaseModel) -> BaseModel | 
         sources=(),
         takes_messages=record.instruct,
     )
-
-
-def describe_model_units(record: Imported) -> dict[str, Any]:
-    """Return how many units a copy takes: one model server, whatever its size."""
-    return {"customModelUnitsPerModelCopy": 1, "customModelUnitsVersion": "v1.0"}

@@ -7,6 +7,7 @@ refused, not left out: who brings them shall know that they are never used.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 MAX_CONTEXT = 1 << 24
 MAX_LAYERS = 1000
 LAYER_KEYS = ("num_hidden_layers", "n_layer")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,186}\.safetensors")
 _SHOWN = 5
 
 
@@ -129,12 +131,12 @@ def weight_files(listed: Listed, index: Any) -> tuple[str, ...]:
     if not isinstance(table, dict) or not table:
         raise ModelError(f"{listed.where}{INDEX} has no weight_map of names and files.")
     for tensor, name in table.items():
-        is_name = isinstance(name, str) and name.endswith(SUFFIX)
-        if not is_name or "/" in name or "\\" in name or name.startswith("."):
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise ModelError(
                 f"{listed.where}{INDEX} says that the tensor {tensor[:80]} is in "
                 f"{str(name)[:80]!r}. "
-                f"It must be the name of a {SUFFIX} file beside the index."
+                f"It must be the name of a file beside the index that ends in {SUFFIX}, of up to "
+                "200 letters, digits, dots, hyphens and underscores."
             )
     names = sorted(set(table.values()))
     missing = [name for name in names if name not in listed.sizes]

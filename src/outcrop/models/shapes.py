@@ -43,11 +43,18 @@ def described_model(folder: Path, where: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            return loader.from_config(config, trust_remote_code=False)
+            model = loader.from_config(config, trust_remote_code=False)
     except Exception as error:  # a configuration can be wrong in as many ways as it has members
         raise ModelError(
             f"{where}config.json describes no model: {type(error).__name__}: {str(error)[:300]}"
         ) from error
+    named = (config.architectures or [None])[0]
+    if type(model).__name__ != named:
+        raise ModelError(
+            f"{where}config.json names the architecture {named}, and its model_type "
+            f"{config.model_type} is a {type(model).__name__}."
+        )
+    return model
 
 
 def check_shapes(model: Any, tensors: Mapping[str, Mapping[str, TensorEntry]], where: str) -> int:

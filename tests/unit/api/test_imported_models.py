@@ -256,6 +256,8 @@ def test_a_model_with_throughput_is_not_deleted(bedrock: Any, arn: str) -> None:
         modelUnits=1, provisionedModelName="mine", modelId=arn
     )
     found = bedrock.get_provisioned_model_throughput(provisionedModelId="mine")
+    listed = bedrock.list_provisioned_model_throughputs(modelArnEquals=arn)
+    assert len(listed["provisionedModelSummaries"]) == 1
     assert (found["modelArn"], found["foundationModelArn"]) == (arn, arn)
     with pytest.raises(ClientError, match="in use by provisioned throughput: mine"):
         bedrock.delete_imported_model(modelIdentifier=arn)

@@ -261,6 +261,7 @@ def test_what_cannot_be_used_fails_the_job_and_leaves_nothing(
     [
         ("../secret.safetensors", r"is in '\.\./secret\.safetensors'"),
         ("model-3-of-3.safetensors", "lacks model-3-of-3.safetensors"),
+        ("**.safetensors", r"is in '\*\*\.safetensors'"),
         (7, "is in '7'"),
     ],
 )
@@ -303,11 +304,19 @@ def test_files_are_read_with_the_permissions_of_the_role(
         run(settings, engine, held(engine), store_of(files))
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (bytes(50), f"The header of {WHERE}{WEIGHTS} is not JSON"),
+        (b'{"\\ud800": 3}', "the tensor ? must have dtype, shape and data_offsets"),
+    ],
+)
 def test_a_failed_job_tells_the_reason_and_the_worker_lives(
-    settings: Settings, engine: Engine, files: dict[str, bytes]
+    content: bytes, says: str, settings: Settings, engine: Engine, files: dict[str, bytes]
 ) -> None:
     job = held(engine)
-    objects = store_of({**files, WEIGHTS: files[WEIGHTS][:50]})
+    head = len(content).to_bytes(8, "little")
+    objects = store_of({**files, WEIGHTS: head + content})
 
     def stages(settings: Settings, engine: Engine, job: Job, stop: StopFlag) -> None:
         importing.run_import(settings, engine, job, stop, objects=objects)
@@ -317,7 +326,7 @@ def test_a_failed_job_tells_the_reason_and_the_worker_lives(
         ended = jobs.get_job_by_id(connection, job.id)
     assert ended is not None
     assert ended.status == "failed"
-    assert f"{WHERE}{WEIGHTS} says that its header has" in str(ended.failure_message)
+    assert says in str(ended.failure_message)
 
 
 class DyingStore(MemoryStore):
@@ -442,7 +451,7 @@ def creating(engine: Engine) -> Job:
         "mine",
         id=model_id,
         arn=arn,
-        base_model_id="imported",
+        base_model_id="imported.unknown",
         base_model_arn=arn,
         foundation_model_arn=arn,
         customization_type="IMPORTED",

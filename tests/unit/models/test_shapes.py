@@ -91,6 +91,13 @@ def test_a_configuration_that_describes_nothing_is_refused(folder: Path) -> None
         described_model(folder, WHERE)
 
 
+def test_a_model_type_of_another_architecture_is_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "Qwen2ForCausalLM"))
+    with pytest.raises(ModelError, match="Qwen2ForCausalLM, and its model_type llama is a Llama"):
+        described_model(folder, WHERE)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_number_that_is_not_finite_is_refused_with_its_place(
