@@ -20,6 +20,15 @@ DEVIATIONS = {
     # A job that starts from a custom model names it; the model's pattern has base models only.
     ("GetModelCustomizationJob", "baseModelArn", "pattern"),
     ("GetDataTask", "baseModelArn", "pattern"),
+    # The throughput of an imported model names it; Bedrock's have custom and base models only.
+    *(
+        (operation, place + name, "pattern")
+        for operation, place in (
+            ("GetProvisionedModelThroughput", ""),
+            ("ListProvisionedModelThroughputs", "provisionedModelSummaries.1."),
+        )
+        for name in ("modelArn", "desiredModelArn", "foundationModelArn")
+    ),
 }
 """Operation, member and constraint of what docs/differences.md says is answered otherwise."""
 

@@ -136,7 +136,7 @@ def _find(connection: Connection, context: RequestContext, params: dict[str, Any
 
 def _named(connection: Connection, context: RequestContext, arn: str) -> CustomModel | None:
     """Return the custom model that is to be deployed, once the caller may do that with it."""
-    found = models.get_model(connection, context.account, context.region, arn)
+    found = models.find_model(connection, context.account, context.region, arn)
     context.require(connection, f"bedrock:{context.operation}", found.arn if found else arn)
     return found
 

@@ -189,7 +189,7 @@ def _starting_point(connection: Connection, context: RequestContext, identifier:
     if base is not None:
         arn = foundation_model_arn(context.region, base.customization_id)
         return _Start(base, None, arn, arn, is_owned=False)
-    custom = models.get_model(connection, context.account, context.region, identifier)
+    custom = models.find_model(connection, context.account, context.region, identifier)
     named = identifier if identifier.startswith("arn:") else context.arn(CUSTOM_MODEL.arn_type)
     imported = None
     if custom is None:

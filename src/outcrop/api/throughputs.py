@@ -181,7 +181,12 @@ def _model(
     connection: Connection, context: RequestContext, identifier: str
 ) -> tuple[str, str, str]:
     """Return the ARN to serve, its root base model's ARN, and the key of the base weights."""
-    custom = models.get_model(connection, context.account, context.region, identifier)
+    custom = models.find_model(connection, context.account, context.region, identifier)
+    if custom is not None and custom.status != "Active":
+        raise ValidationException(
+            f"The custom model {custom.name} is {custom.status}. Throughput can be bought for a "
+            "model that is Active."
+        )
     if custom is not None:
         return custom.arn, custom.foundation_model_arn, weights_of(context, custom)
     imported = get_imported_model(connection, context.account, context.region, identifier)
