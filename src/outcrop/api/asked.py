@@ -33,7 +33,9 @@ def asks(action: str) -> Callable[[T], T]:
     return mark
 
 
-def look_ahead(context: RequestContext, function: Callable[..., Any], params: dict[str, Any]) -> None:
+def look_ahead(
+    context: RequestContext, function: Callable[..., Any], params: dict[str, Any]
+) -> None:
     """Resolve what an operation asks, in a thread that may read. Raises as `resolve`."""
     action = getattr(function, _ACTION, None)
     if action is not None:

@@ -12,8 +12,7 @@ from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import IMPORT_JOB, find
 from outcrop.errors import ModelError, ValidationException
 from outcrop.ids import import_job_arn, imported_model_arn, new_id
-from outcrop.jobs.importing import IMPORT_MEMBER
-from outcrop.jobs.incoming import find_model, model_prefix
+from outcrop.jobs.model_places import IMPORT_MEMBER, find_model, model_prefix
 from outcrop.jobs.states import statuses_of, wire_status
 from outcrop.store import imported_models, jobs, tags
 from outcrop.store.database import lock_account, transaction

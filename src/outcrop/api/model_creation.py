@@ -13,8 +13,7 @@ from outcrop.api.import_jobs import CORES, MEMORY_BYTES
 from outcrop.api.resources import CUSTOM_MODEL
 from outcrop.errors import ModelError, ResourceNotFoundException, ValidationException
 from outcrop.ids import created_model_arn, new_id
-from outcrop.jobs.importing import CREATION_MEMBER
-from outcrop.jobs.incoming import find_model, model_prefix
+from outcrop.jobs.model_places import CREATION_MEMBER, find_model, model_prefix
 from outcrop.models.incoming import ADAPTER_CONFIG, CONFIG
 from outcrop.store import jobs, models, tags
 from outcrop.store.database import transaction

@@ -17,7 +17,8 @@ from sqlalchemy import Engine
 
 from outcrop.errors import ModelError
 from outcrop.ids import foundation_model_arn
-from outcrop.jobs.incoming import Found, copy_files
+from outcrop.jobs.incoming import copy_files
+from outcrop.jobs.model_places import Found
 from outcrop.jobs.parents import ADAPTER_MEMBER
 from outcrop.models import incoming
 from outcrop.models.artifact import folder_digest

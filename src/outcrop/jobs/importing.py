@@ -18,7 +18,8 @@ from sqlalchemy import Engine
 from outcrop.errors import LeaseLost
 from outcrop.ids import imported_key, imported_path
 from outcrop.jobs import adapters
-from outcrop.jobs.incoming import Brought, bring_model, find_model, model_prefix
+from outcrop.jobs.incoming import Brought, bring_model
+from outcrop.jobs.model_places import CREATION_MEMBER, IMPORT_MEMBER, find_model, model_prefix
 from outcrop.jobs.parents import ADAPTER_MEMBER
 from outcrop.jobs.publishing import begin_stage, publish_folder
 from outcrop.models.incoming import ADAPTER_CONFIG, CONFIG
@@ -29,9 +30,6 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import Job, NewImportedModel
 
 logger = logging.getLogger("outcrop.attempt")
-
-IMPORT_MEMBER = "modelDataSource.s3DataSource.s3Uri"
-CREATION_MEMBER = "modelSourceConfig.s3DataSource.s3Uri"
 
 
 def run_import(

@@ -16,16 +16,14 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from outcrop.data.trial import try_folder
-from outcrop.errors import AccessDeniedException, ModelError, StopRequested, ValidationException
-from outcrop.identity.authorize import assume_role_for_service, authorize_all
-from outcrop.identity.principals import Principal
+from outcrop.errors import ModelError, StopRequested
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts
 from outcrop.jobs.inputs import asking
-from outcrop.jobs.places import check_bucket_readable, place
+from outcrop.jobs.model_places import Found, find_model
 from outcrop.models import incoming
 from outcrop.models.artifact import folder_digest
 from outcrop.models.imported import Imported, write_record
@@ -46,20 +44,6 @@ Headers = dict[str, dict[str, TensorEntry]]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What lies below a prefix, its subfolders aside."""
-
-    prefix: S3Uri
-    objects: dict[str, ObjectInfo]
-
-    @property
-    def listed(self) -> Listed:
-        """The names and sizes."""
-        sizes = {name: info.num_bytes for name, info in self.objects.items()}
-        return Listed(str(self.prefix), sizes)
-
-
-@dataclass(frozen=True)
 class Brought:
     """A whole model in the attempt's folder, with its record."""
 
@@ -67,43 +51,6 @@ class Brought:
     record: Imported
     digest: str
     """Of the folder, its record included."""
-
-
-def model_prefix(member: str, text: str) -> S3Uri:
-    """Read an S3 URI that names a folder: its key is empty or ends in a slash.
-
-    Raises:
-        ValidationException: it is no S3 URI; `member` names it.
-    """
-    uri = place(member, text)
-    return S3Uri(uri.bucket, uri.key.rstrip("/") + "/" if uri.key.strip("/") else "")
-
-
-def find_model(
-    connection: Connection, objects: ObjectStore, account: str, role_arn: str, prefix: S3Uri
-) -> Found:
-    """List what lies below a prefix, once the role may list and read it.
-
-    Raises:
-        ValidationException: there is no such role or bucket, or the role may not.
-        ModelError: there are too many files.
-        ObjectStoreError: the store is away.
-    """
-    role = assume_role_for_service(connection, account, role_arn)
-    _check_allowed(connection, role, prefix, (), "ListBucket")
-    check_bucket_readable(objects, prefix)
-    found: dict[str, ObjectInfo] = {}
-    for number, info in enumerate(objects.list(prefix.bucket, prefix.key), 1):
-        if number > incoming.MAX_FILES:
-            raise ModelError(
-                f"{prefix} holds more than {incoming.MAX_FILES:,} objects, the most that a model "
-                "may have. Name the folder of the model itself."
-            )
-        name = info.uri.key.removeprefix(prefix.key)
-        if name and "/" not in name:
-            found[name] = info
-    _check_allowed(connection, role, prefix, found, "GetObject")
-    return Found(prefix, found)
 
 
 def bring_model(
@@ -293,19 +240,3 @@ def _check_room(settings: Settings, found: Found, files: Iterable[str]) -> None:
             f"directory has {free:,} left, of which {ROOM_BYTES:,} stay free. Make room, and "
             "create the job again."
         )
-
-
-def _check_allowed(
-    connection: Connection, role: Principal, prefix: S3Uri, names: Iterable[str], what: str
-) -> None:
-    bucket = f"arn:aws:s3:::{prefix.bucket}"
-    wanted = [("s3:GetObject", f"{bucket}/{prefix.key}{name}") for name in names]
-    if what == "ListBucket":
-        wanted = [("s3:ListBucket", bucket)]
-    try:
-        authorize_all(connection, role, wanted)
-    except AccessDeniedException as error:
-        raise ValidationException(
-            f"Could not validate {what} permissions to access Amazon S3 bucket: {prefix.bucket} at "
-            f"key {prefix.key}. {error.message}"
-        ) from error

@@ -23,7 +23,7 @@ from outcrop.ids import S3Uri, role_arn
 from outcrop.jobs import copying, importing
 from outcrop.jobs.attempt import StopFlag, run_attempt
 from outcrop.models.artifact import folder_digest
-from outcrop.serve.request import Generation, TokenEvent, TokenLogprob
+from outcrop.serve.request import Generation, TokenLogprob
 from outcrop.settings import Settings
 from outcrop.store import jobs, models, servers
 from outcrop.store.database import transaction
@@ -221,20 +221,6 @@ def test_what_is_known_to_fail_is_refused_at_once(
     with pytest.raises(ClientError, match=says) as refused:
         bedrock.create_model_import_job(**{**request, **changes})
     assert code(refused) == "ValidationException"
-
-
-def test_pickles_are_refused_by_name_when_the_job_is_created(
-    bedrock: Any, objects: MemoryStore
-) -> None:
-    for name in ("pytorch_model.bin", "config.json"):
-        objects.content[S3Uri(BUCKET, f"old/{name}")] = b"{}"
-    with pytest.raises(ClientError, match=r"old/ holds pytorch_model\.bin\. Such files can run"):
-        bedrock.create_model_import_job(
-            jobName="old",
-            importedModelName="old",
-            roleArn=ROLE,
-            modelDataSource={"s3DataSource": {"s3Uri": f"s3://{BUCKET}/old"}},
-        )
 
 
 def test_a_deleted_model_is_gone_with_its_files(
@@ -590,9 +576,7 @@ def test_nothing_of_one_region_is_seen_in_another(
             ask(modelIdentifier=identifier)
         assert code(refused) == "ResourceNotFoundException"
     with pytest.raises(ClientError):
-        gateway.client(region=ABROAD).converse(
-            modelId=arn, messages=[{"role": "user", "content": [{"text": "Hi"}]}]
-        )
+        invoke(gateway.client(region=ABROAD), arn, prompt="Hi")
     listed = abroad.list_foundation_models()["modelSummaries"]
     assert {model["modelArn"].split(":")[3] for model in listed} == {ABROAD}
 
@@ -614,9 +598,3 @@ def test_a_region_that_is_not_answered_for_is_refused_by_name(gateway: Gateway) 
 def test_a_source_that_cannot_be_copied_is_refused(source: str, says: str, abroad: Any) -> None:
     with pytest.raises(ClientError, match=says):
         abroad.create_model_copy_job(sourceModelArn=source, targetModelName="x")
-
-
-def test_events_of_a_stream_are_whole(gateway: Gateway, runtime: Any, arn: str) -> None:
-    gateway.model.script(TokenEvent("a", 1, 1), Generation("ab", 1, 2, "length"))
-    chunks = stream(runtime, arn, messages=[{"role": "user", "content": "Hi"}], max_tokens=2)
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "length"

@@ -184,7 +184,9 @@ def test_a_body_of_another_form_is_refused(server: Running, verb: bytes, body: b
 
 
 @pytest.mark.parametrize("head", [b"dance 3\nabc", b"stats\n", b"count -1\n", b"x" * 20_000])
-def test_what_is_no_request_is_refused_and_ends_its_connection(server: Running, head: bytes) -> None:
+def test_what_is_no_request_is_refused_and_ends_its_connection(
+    server: Running, head: bytes
+) -> None:
     answer = exchange(server.socket, head)
     assert json.loads(answer)["code"] == "ValidationException"
     assert b"stream, generate, count and stats" in answer
