@@ -26,6 +26,14 @@ def _pattern(shape: str) -> str:
             ids.customization_job_arn(REGION, ACCOUNT, BASE, "a1b2c3d4e5f6"),
         ),
         ("CustomModelArn", ids.custom_model_arn(REGION, ACCOUNT, BASE, "a1b2c3d4e5f6")),
+        ("CustomModelArn", ids.created_model_arn(REGION, ACCOUNT, "a1b2c3d4e5f6")),
+        ("ModelImportJobArn", ids.import_job_arn(REGION, ACCOUNT, "a1b2c3d4e5f6")),
+        ("ImportedModelArn", ids.imported_model_arn(REGION, ACCOUNT, "a1b2c3d4e5f6")),
+        ("ModelCopyJobArn", ids.copy_job_arn(REGION, ACCOUNT, "a1b2c3d4e5f6")),
+        (
+            "CustomModelArn",
+            ids.custom_model_arn(REGION, ACCOUNT, ids.imported_key("abc123def456", 7), "a" * 12),
+        ),
         ("ProvisionedModelArn", ids.provisioned_model_arn(REGION, ACCOUNT, "a1b2c3d4e5f6")),
         ("FoundationModelArn", ids.foundation_model_arn(REGION, BASE)),
         ("RoleArn", ids.role_arn(ACCOUNT, "BedrockCustomizationRole")),
@@ -33,6 +41,13 @@ def _pattern(shape: str) -> str:
 )
 def test_every_arn_we_make_matches_its_modelled_pattern(shape: str, arn: str) -> None:
     assert re.fullmatch(_pattern(shape), arn)
+
+
+def test_keys_of_imported_weights_lead_to_their_folder_and_no_other_id_does() -> None:
+    key = ids.imported_key("abc123def456", 7)
+    assert ids.imported_path(key) == "models/imported/abc123def456/7"
+    for other in (BASE, "imported.abc-1", "imported.abc123def456", f"{key}/..", "imported.unknown"):
+        assert not ids.is_imported(other)
 
 
 def test_new_ids_are_twelve_lower_case_letters_and_digits_and_do_not_repeat() -> None:
