@@ -42,6 +42,8 @@ PATIENCE_SECONDS = 0.25
 """How long a call waits for its record to be on the disk; then it goes on, and the record waits."""
 SYNC_SECONDS = 1.0
 """How often records are brought to the disk: a power cut takes those of so long at most."""
+END_SECONDS = 1.5
+"""How long the gateway's end waits for each thread."""
 SEGMENT_BYTES = 4 << 20
 MAX_PENDING_BYTES = 64 << 20
 """Bodies that may wait for the disk in memory, of all calls together."""
@@ -153,9 +155,11 @@ class InvocationLog:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Keep and send for the length of a `with` block; what is not sent waits for the next."""
-        writing = threading.Thread(target=self._keep_writing, name="invocation-log-writer")
-        sending = threading.Thread(
-            target=self._keep_sending, name="invocation-log-sender", daemon=True
+        # Daemons, and joined for a while only: neither a disk nor a store that hangs keeps the
+        # gateway from its end.
+        writing, sending = (
+            threading.Thread(target=target, name=f"invocation-log-{name}", daemon=True)
+            for target, name in ((self._keep_writing, "writer"), (self._keep_sending, "sender"))
         )
         writing.start()
         sending.start()
@@ -163,10 +167,10 @@ class InvocationLog:
             yield
         finally:
             self._queue.put(None)
-            writing.join()
+            writing.join(END_SECONDS)
             self._is_ending.set()
             self._is_due.set()
-            sending.join(2.0)  # a transfer that hangs is left behind; its segment is not lost
+            sending.join(END_SECONDS)  # a segment that is left behind is not lost
 
     # -- the writing thread
 

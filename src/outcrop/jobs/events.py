@@ -44,6 +44,8 @@ logger = logging.getLogger("outcrop.worker")
 LOOK_SECONDS = 0.5
 """How often a target's thread looks for events."""
 PRUNE_SECONDS = 60.0
+END_SECONDS = 1.0
+"""How long the worker's end waits for all threads together."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 300.0
 """Between two tries of one job's next event at one target: doubled from try to try."""
 S3 = "s3"
@@ -318,8 +320,9 @@ def delivering(settings: Settings, engine: Engine) -> Iterator[None]:
         yield
     finally:
         ending.set()
-        for thread in threads:
-            thread.join(1.0)  # a receiver that hangs is left behind; its event stays in the outbox
+        deadline = time.monotonic() + END_SECONDS
+        for thread in threads:  # a receiver that hangs is left behind; its event stays here
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _keep_delivering(
