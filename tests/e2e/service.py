@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import boto3
 import pytest
@@ -57,6 +58,10 @@ class Process(NamedTuple):
 class Service:
     """`outcrop serve` on a data directory, started and ended any number of times."""
 
+    warm: ClassVar[Path | None] = None
+    """Data directory of a service that ran before on this machine. Those that start later have what
+    it compiled, packed and measured there, which would take each of them many seconds."""
+
     def __init__(self, data_dir: Path, **environment: str) -> None:
         self.data_dir = data_dir
         self.settings = Settings(data_dir=data_dir)
@@ -79,6 +84,8 @@ class Service:
     def start(self) -> float:
         """Start, wait for the ready line, and return how many seconds that took."""
         place_smollm2(self.data_dir)
+        if self.warm is not None:
+            _take_over(self.warm / "cache", self.data_dir / "cache")
         started = time.monotonic()
         self._process = self.spawn()
         self.url = _ready_url(self._process)
@@ -346,6 +353,16 @@ def wait_for(probe: Callable[[], T | None], seconds: float, what: str) -> T:
             return found
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
         time.sleep(0.05)
+
+
+def _take_over(cache: Path, other: Path) -> None:
+    """Link the files of a cache into another. All are written beside their place and renamed."""
+    for file in cache.glob("*/*"):
+        place = other / file.parent.name / file.name
+        if file.is_file() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # it was being written
+                place.hardlink_to(file)
 
 
 def _ready_url(process: subprocess.Popen[str]) -> str:

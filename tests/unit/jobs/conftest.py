@@ -15,6 +15,17 @@ from outcrop.settings import Settings
 from outcrop.store.database import connect, migrate
 
 
+@pytest.fixture(autouse=True)
+def _compiled_once(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep what jobs compile for all tests: each has a data directory of its own, and the compiler
+    takes longer than most of them.
+    """
+    folder = tmp_path_factory.getbasetemp().parent / "kernels"
+    monkeypatch.setattr("outcrop.models.compiled.kernel_folder", lambda settings: folder)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer and a chat template, as `add_model` takes it."""
