@@ -76,6 +76,16 @@ def batch_job_arn(region: str, account: str, job_id: str) -> str:
     return f"arn:aws:bedrock:{region}:{account}:model-invocation-job/{job_id}"
 
 
+def model_export_arn(region: str, account: str, export_id: str) -> str:
+    """Return the ARN of an export; the form is ours."""
+    return f"arn:aws:bedrock:{region}:{account}:model-export/{export_id}"
+
+
+def checkpoint_model_arn(region: str, account: str, task_id: str) -> str:
+    """Return the ARN of what makes a model of a checkpoint; the form is ours."""
+    return f"arn:aws:bedrock:{region}:{account}:checkpoint-model/{task_id}"
+
+
 def custom_model_arn(region: str, account: str, base_model_id: str, model_id: str) -> str:
     """Return a custom model's ARN; the human name is never part of it."""
     return f"arn:aws:bedrock:{region}:{account}:custom-model/{base_model_id}/{model_id}"

@@ -122,6 +122,12 @@ class Settings:
         "interruption. Writing them takes a hundredth of its time at most.",
         30,
     )
+    keep_checkpoint_days: int = _setting(
+        "Days for which the last checkpoint of a stopped job is kept, to continue it or to make a "
+        "model of it; 0 keeps none.",
+        7,
+        minimum=0,
+    )
     serve_engine: str = _setting(
         "What answers: own is our engine; vllm needs the package vllm (`outcrop[vllm]`); auto "
         "takes vllm where it and a GPU are there.",

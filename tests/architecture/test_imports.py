@@ -19,6 +19,7 @@ MAY_LOAD_TORCH = (
     "evaluate/",
     "models/attention.py",
     "models/decoder.py",
+    "models/export.py",
     "models/flash.py",
     "models/fused.py",
     "models/kernels.py",

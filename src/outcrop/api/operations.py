@@ -8,6 +8,7 @@ from typing import Any
 from outcrop.api import (
     base_models,
     batch_jobs,
+    continuing,
     converse,
     copy_jobs,
     custom_models,
@@ -15,6 +16,7 @@ from outcrop.api import (
     data_tasks,
     deliveries,
     deployments,
+    exports,
     identity,
     import_jobs,
     imported_models,
@@ -98,4 +100,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("outcrop", "GetDataTask"): data_tasks.get,
     ("outcrop", "ListDataTasks"): data_tasks.list_,
     ("outcrop", "StopDataTask"): data_tasks.stop,
+    ("outcrop", "ContinueJob"): continuing.continue_job,
+    ("outcrop", "CreateModelFromCheckpoint"): continuing.create_model,
+    ("outcrop", "GetModelFromCheckpoint"): continuing.get_model,
+    ("outcrop", "ExportModel"): exports.export_model,
+    ("outcrop", "GetModelExport"): exports.get,
+    ("outcrop", "ListModelExports"): exports.list_,
+    ("outcrop", "StopModelExport"): exports.stop,
 }

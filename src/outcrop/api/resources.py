@@ -20,6 +20,8 @@ from outcrop.store.rows import (
     COPY,
     CUSTOMIZATION,
     DATA_TASK,
+    EXPORT,
+    FROM_CHECKPOINT,
     IMPORT,
     CustomModel,
     ImportedModel,
@@ -70,6 +72,14 @@ def _get_copy_job(connection: Connection, account: str, region: str, identifier:
     return jobs.get_job(connection, account, region, COPY, identifier)
 
 
+def _get_export(connection: Connection, account: str, region: str, identifier: str) -> Job | None:
+    return jobs.get_job(connection, account, region, EXPORT, identifier)
+
+
+def _get_checkpoint(connection: Connection, account: str, region: str, name: str) -> Job | None:
+    return jobs.get_job(connection, account, region, FROM_CHECKPOINT, name)
+
+
 JOB: Kind[Job] = Kind("model-customization-job", "model customization job", _get_job)
 TASK: Kind[Job] = Kind("data-task", "data task", _get_task)
 BATCH_JOB: Kind[Job] = Kind("model-invocation-job", "batch inference job", batches.get_batch)
@@ -79,6 +89,10 @@ IMPORTED_MODEL: Kind[ImportedModel] = Kind(
     "imported-model", "imported model", imported_models.get_imported_model
 )
 COPY_JOB: Kind[Job] = Kind("model-copy-job", "model copy job", _get_copy_job)
+MODEL_EXPORT: Kind[Job] = Kind("model-export", "model export", _get_export)
+CHECKPOINT_MODEL: Kind[Job] = Kind(
+    "checkpoint-model", "task that makes a model of a checkpoint", _get_checkpoint
+)
 THROUGHPUT: Kind[ProvisionedModel] = Kind(
     "provisioned-model", "provisioned model throughput", throughputs.get_throughput
 )

@@ -109,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
     gc = add("gc", commands.gc, "Remove what nothing needs any more.")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     add_data(subcommands, common, commands.data)
-    models = add("models", commands.models, "Show the base models, or add one.")
+    models = add(
+        "models", commands.models, "Show the base models, add one, or export a custom one."
+    )
     verbs = models.add_subparsers(dest="verb", metavar="VERB")
     show = verbs.add_parser(
         "show", help="full name, licence, digest and origin of a base model", parents=[common]
@@ -124,6 +126,26 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--family", help="whose bounds and bodies a new id has (default: llama)")
     added.add_argument("--name", help="its name in lists, at most 20 characters")
     added.add_argument("--provider", help="its maker in lists, at most 20 characters")
+    export = verbs.add_parser(
+        "export", help="write a custom model where other programs can use it", parents=[common]
+    )
+    export.add_argument("name", metavar="MODEL", help="the custom model: its name or its ARN")
+    export.add_argument(
+        "--to", required=True, metavar="PLACE", help="a new folder, or s3://bucket/prefix"
+    )
+    export.add_argument(
+        "--format",
+        dest="form",
+        choices=("adapter", "merged", "gguf"),
+        default="merged",
+        help="peft's layout, Hugging Face's, or one GGUF file (default: merged)",
+    )
+    export.add_argument(
+        "--type",
+        dest="data_type",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="what numbers are held in (default: f32)",
+    )
     return top
 
 

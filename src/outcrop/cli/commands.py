@@ -134,7 +134,7 @@ def gc(options: argparse.Namespace) -> int:
 
 
 def models(options: argparse.Namespace) -> int:
-    """Show what the catalogue knows of a model, or add a folder to it."""
+    """Show what the catalogue knows of a model, add a folder to it, or export a custom model."""
     from outcrop.models.catalog import load_catalog
     from outcrop.models.describe import add_model, describe_model
 
@@ -150,6 +150,16 @@ def models(options: argparse.Namespace) -> int:
             provider=options.provider,
         )
         print(f"{base.model_id} is offered from the next start of the service on.")
+        return 0
+    if options.verb == "export":
+        from outcrop.cli.export import export_model
+
+        place, manifest = export_model(
+            settings, options.name, options.to, options.form, options.data_type
+        )
+        for row in manifest["files"]:
+            print(f"{row['numBytes']:>14,}  {row['name']}  {row['sha256']}")
+        print(f"written to {place}")
         return 0
     catalog = load_catalog(settings)
     name = getattr(options, "model", None)

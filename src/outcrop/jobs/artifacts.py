@@ -25,6 +25,7 @@ CLEANED_DATA = "cleaned_data/{role}.jsonl"
 CLEANING_LOG = "cleaned_data/{role}.changes.jsonl"
 CLEANED_REPORT_JSON = "cleaned_data/report.json"
 CLEANED_REPORT_PAGE = "cleaned_data/report.html"
+EXPORT_MANIFEST = "manifest.json"
 VALIDATION_METRICS = (
     "validation_artifacts/post_fine_tuning_validation/validation/validation_metrics.csv",
     "validation_artifacts/post_fine_tuning_validation/validation_metrics.csv",
@@ -40,6 +41,11 @@ def output_folder(output: S3Uri, job_id: str) -> S3Uri:
 def task_folder(output: S3Uri, task_id: str) -> S3Uri:
     """Return the prefix below which a data task writes."""
     return output.join(f"data-task-{task_id}")
+
+
+def export_folder(output: S3Uri, export_id: str) -> S3Uri:
+    """Return the prefix below which an export writes."""
+    return output.join(f"model-export-{export_id}")
 
 
 def step_metrics_object(output: S3Uri, job_id: str) -> S3Uri:

@@ -30,13 +30,33 @@ from outcrop.errors import (
     StopRequested,
     TrainingError,
 )
-from outcrop.jobs import artifacts, copying, customization, data_task, importing, memory
+from outcrop.jobs import (
+    artifacts,
+    checkpoints,
+    copying,
+    customization,
+    data_task,
+    from_checkpoint,
+    importing,
+    memory,
+    model_export,
+)
 from outcrop.jobs.batch import stages as batch
 from outcrop.objects.client import IS_AWAY
 from outcrop.settings import Settings, load_settings
 from outcrop.store import jobs
 from outcrop.store.database import connect, transaction
-from outcrop.store.rows import BATCH, COPY, CREATION, CUSTOMIZATION, DATA_TASK, IMPORT, Job
+from outcrop.store.rows import (
+    BATCH,
+    COPY,
+    CREATION,
+    CUSTOMIZATION,
+    DATA_TASK,
+    EXPORT,
+    FROM_CHECKPOINT,
+    IMPORT,
+    Job,
+)
 from outcrop.train.memory import is_out_of_memory, peak_memory_bytes, spoils_the_process
 from outcrop.train.portions import gibibytes
 
@@ -50,6 +70,8 @@ STAGES: dict[str, Callable[[Settings, Engine, Job, StopFlag], None]] = {
     IMPORT: importing.run_import,
     CREATION: importing.run_creation,
     COPY: copying.run,
+    EXPORT: model_export.run,
+    FROM_CHECKPOINT: from_checkpoint.run,
 }
 """What a job of each kind does."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -73,8 +95,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _clean_up(settings: Settings, engine: Engine, job_id: str, fence: int) -> None:
-    """Remove what no later attempt needs: everything of a job that has ended, and the files of
-    an attempt that lost its lease. The next attempt goes on from this one's checkpoints.
+    """Remove what no later attempt needs: everything of a job that has ended, but for the last
+    checkpoint of one that was stopped, and the files of an attempt that lost its
+    lease. The next attempt goes on from this one's checkpoints.
     """
     try:
         with engine.connect() as connection:
@@ -82,7 +105,9 @@ def _clean_up(settings: Settings, engine: Engine, job_id: str, fence: int) -> No
     except SQLAlchemyError:  # `outcrop gc` does it later
         logger.exception("the scratch files were left")
         return
-    if job is None or job.ended_at is not None:
+    if job is not None and checkpoints.is_kept(settings, job):
+        checkpoints.keep_last_only(settings, job_id)
+    elif job is None or job.ended_at is not None:
         shutil.rmtree(artifacts.job_folder(settings, job_id), ignore_errors=True)
     elif job.fence != fence:
         shutil.rmtree(artifacts.work_folder(settings, job_id, fence), ignore_errors=True)
@@ -210,7 +235,7 @@ def _no_memory_for_task(error: BaseException) -> str:
     return (
         f"The task does not fit into memory: the peak of its process was "
         f"{gibibytes(peak_memory_bytes())}, and the machine has "
-        f"{gibibytes(memory.machine_memory())}. Free some memory, or give it smaller files. The "
+        f"{gibibytes(memory.machine_memory())}. Free some memory, or give it less to do. The "
         f"last thing that was refused: {str(error)[:300] or type(error).__name__}"
     )
 

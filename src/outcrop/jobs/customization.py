@@ -20,6 +20,7 @@ from sqlalchemy import Engine
 from outcrop.errors import LeaseLost, ModelError, StopRequested, TrainingError
 from outcrop.ids import S3Uri, custom_model_arn
 from outcrop.jobs import artifacts, memory, validation
+from outcrop.jobs.checkpoints import continued_folders
 from outcrop.jobs.cleaning import clean_inputs
 from outcrop.jobs.parents import ADAPTER_MEMBER, describe_adapter
 from outcrop.jobs.publishing import publish_folder
@@ -33,6 +34,7 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import Job, NewCustomModel
 from outcrop.train.memory import bounded_memory, reserved_bytes
 from outcrop.train.own_parameters import CLEAN
+from outcrop.train.plan import TrainPlan
 
 if TYPE_CHECKING:
     from outcrop.evaluate.parity import Parity
@@ -150,6 +152,7 @@ def run(
                 checkpoints=artifacts.checkpoint_folder(settings, job.id, job.fence),
                 checkpoint_seconds=settings.checkpoint_seconds,
                 earlier=artifacts.earlier_checkpoint_folders(settings, job.id, job.fence),
+                continued=continued_folders(settings, job.spec),
             )
     except (StopRequested, TrainingError):
         reporter.flush()
@@ -168,7 +171,7 @@ def run(
         "served as trained: the loss of %d records is %.4f, and was %.4f",
         *(parity.num_records, parity.served_loss, parity.trained_loss),
     )
-    _publish(settings, engine, job, base, start, lineage, result, parity)
+    publish(settings, engine, job, base, plan, lineage, result, parity)
 
 
 def _clean(
@@ -234,17 +237,28 @@ def _record_threads(engine: Engine, job: Job, plan: ThreadPlan) -> None:
     validation.note(engine, job, **{THREADS: asdict(plan)})
 
 
-def _publish(
+def publish(
     settings: Settings,
     engine: Engine,
     job: Job,
     base: BaseModel,
-    start: Start,
+    plan: TrainPlan,
     lineage: list[dict[str, Any]],
     result: TrainResult,
     parity: Parity,
+    *,
+    trained_by: tuple[str, str] | None = None,
 ) -> None:
-    """Move the artifact to its place, then make model and end of job visible in one transaction."""
+    """Move the artifact to its place, then make model and end of job visible in one transaction.
+
+    Args:
+        lineage: the data files and their digests.
+        trained_by: ARN and name of the job that trained it; None for this job itself.
+    Raises:
+        StopRequested: the job's owner asked it to stop.
+        LeaseLost: another attempt holds the job.
+    """
+    job_arn, job_name = trained_by or (job.arn, job.name)
     model_id = job.spec["customModelId"]
     place = artifacts.model_folder(settings, model_id, job.fence).relative_to(settings.data_dir)
     folder = publish_folder(settings, result.artifact, str(place))
@@ -263,8 +277,8 @@ def _publish(
         region=job.region,
         arn=arn,
         name=job.spec["customModelName"],
-        job_arn=job.arn,
-        job_name=job.name,
+        job_arn=job_arn,
+        job_name=job_name,
         base_model_id=base.customization_id,
         base_model_arn=job.spec["baseModelArn"],
         foundation_model_arn=job.spec.get("foundationModelArn", job.spec["baseModelArn"]),
@@ -272,7 +286,7 @@ def _publish(
         hyper_parameters=job.spec["hyperParameters"],
         spec={
             **job.spec,
-            ADAPTER_MEMBER: describe_adapter(start.plan),
+            ADAPTER_MEMBER: describe_adapter(plan),
             "data": lineage,
         },
         metrics=metrics,

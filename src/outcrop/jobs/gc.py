@@ -17,6 +17,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 
 from outcrop.ids import IMPORTED_FOLDER
+from outcrop.jobs import checkpoints
 from outcrop.settings import Settings
 from outcrop.store import jobs, models
 
@@ -44,6 +45,8 @@ class _Used:
     """Ids of the jobs that have not ended."""
     publishing: set[tuple[str, str]]
     """Model id and fence of what running attempts may be about to publish."""
+    stopped: set[str]
+    """Ids of stopped jobs whose last checkpoint is kept."""
     artifacts: set[str]
     """Folders of custom and imported models, relative to the data directory."""
 
@@ -59,9 +62,9 @@ def find_garbage(
         *_grandchildren(data / IMPORTED_FOLDER),
     ]
     logs = _children(data / "logs" / "jobs")
-    used = _used(engine)
+    used = _used(settings, engine, {folder.parent.name for folder in scratch})
     found = [
-        *_scratch(scratch, used),
+        *_scratch(settings, scratch, used),
         *_artifacts(data, artifacts, used),
         *_empty(data / "work", "folder of an ended job"),
         *_empty(data / "models" / "custom", "folder of a deleted custom model"),
@@ -85,7 +88,7 @@ def remove(item: Garbage) -> None:
         item.path.unlink(missing_ok=True)
 
 
-def _used(engine: Engine) -> _Used:
+def _used(settings: Settings, engine: Engine, job_ids: set[str]) -> _Used:
     with engine.connect() as connection:
         live = jobs.live_jobs(connection)
         publishing = set()
@@ -93,18 +96,27 @@ def _used(engine: Engine) -> _Used:
             job = jobs.get_job_by_id(connection, held.id) if held.status in jobs.HELD else None
             if job is not None and "customModelId" in job.spec:
                 publishing.add((str(job.spec["customModelId"]), str(held.fence)))
+        stopped = checkpoints.jobs_in_use(connection)
+        for job_id in job_ids - {held.id for held in live}:
+            job = jobs.get_job_by_id(connection, job_id)
+            if job is not None and checkpoints.is_kept(settings, job):
+                stopped.add(job_id)
         return _Used(
+            stopped=stopped,
             live={job.id for job in live},
             publishing=publishing,
             artifacts=models.artifact_paths(connection),
         )
 
 
-def _scratch(folders: list[Path], used: _Used) -> Iterator[Garbage]:
+def _scratch(settings: Settings, folders: list[Path], used: _Used) -> Iterator[Garbage]:
     for folder in folders:
         # A job that has not ended may go on from the checkpoints of any attempt it had.
-        if folder.parent.name not in used.live:
+        if folder.parent.name not in used.live | used.stopped:
             yield _garbage(folder, "scratch files of an ended job")
+    for job_id in sorted({folder.parent.name for folder in folders} & used.stopped):
+        for path in checkpoints.surplus(settings, job_id):
+            yield _garbage(path, "scratch files of a stopped job, but for its last checkpoint")
 
 
 def _artifacts(data: Path, folders: list[Path], used: _Used) -> Iterator[Garbage]:

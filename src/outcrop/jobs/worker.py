@@ -34,6 +34,8 @@ from outcrop.store.rows import (
     CREATION,
     CUSTOMIZATION,
     DATA_TASK,
+    EXPORT,
+    FROM_CHECKPOINT,
     IMPORT,
     Job,
     LiveJob,
@@ -54,7 +56,11 @@ EXIT_SECONDS = 30.0
 PAUSE_SECONDS = 2.0
 """After a fault of the machine (database away, no process to be had), before the next try."""
 LOG_TAIL_BYTES = 600
-_KINDS = (CUSTOMIZATION, DATA_TASK, BATCH, IMPORT, CREATION, COPY)
+_KINDS = (
+    *(CUSTOMIZATION, DATA_TASK, BATCH),
+    *(IMPORT, CREATION, COPY),
+    *(EXPORT, FROM_CHECKPOINT),
+)
 KILL_SECONDS = 10.0
 """An attempt that ends so soon after the kernel ended some process for memory was that process:
 freeing gigabytes takes a moment, and nobody looks more often than POLL_SECONDS."""

@@ -159,7 +159,7 @@ def _parts(
         part = tensor.name.split(".")[-2]
         if part in heads:
             values = _unpermute(values, heads[part])
-        yield _bfloat16(values).data
+        yield bfloat16(values).data
 
 
 def _dequantize(tensor: ReaderTensor) -> npt.NDArray[np.float32]:
@@ -201,8 +201,8 @@ def _unpermute(values: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[n
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
 
 
-def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round to bfloat16, ties to even, as torch does; the values are finite."""
+def bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round finite values to bfloat16, ties to even, as torch does; returns the upper halves."""
     bits = np.array(values, dtype="<f4", order="C").view("<u4")
     odd = bits >> 16
     odd &= 1

@@ -77,7 +77,6 @@ def create_job(
             **values,
             status="queued",
             progress={},
-            run_plan={},
             created_at=now,
             last_modified_at=now,
             attempts=0,

@@ -13,7 +13,15 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from outcrop.store import deployments, tables
-from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, CustomModel, ImportedModel
+from outcrop.store.rows import (
+    BATCH,
+    CUSTOMIZATION,
+    DATA_TASK,
+    EXPORT,
+    FROM_CHECKPOINT,
+    CustomModel,
+    ImportedModel,
+)
 
 Model = CustomModel | ImportedModel
 LIMIT_NAMED = 5
@@ -22,6 +30,8 @@ _JOB_NOUNS = {
     CUSTOMIZATION: "model customization job",
     DATA_TASK: "data task",
     BATCH: "batch inference job",
+    EXPORT: "model export",
+    FROM_CHECKPOINT: "task that makes a model of a checkpoint",
 }
 
 

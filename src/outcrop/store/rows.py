@@ -20,6 +20,8 @@ of its own."""
 IMPORT, CREATION, COPY = "import", "creation", "copy"
 """Those that bring a model: one imports one, one makes a custom model of weights in S3, one copies
 a custom model from another region."""
+EXPORT, FROM_CHECKPOINT = "export", "checkpoint"
+"""Those that export a model, and make one of a stopped job's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class NewJob:
     """ARN of the custom model that it works with, which cannot be deleted before the job's end."""
     expires_at: datetime | None = None
     """Until when a batch job may run."""
+    run_plan: dict[str, Any] = field(default_factory=dict)
+    """What was decided for its run already, where it goes on from another job."""
 
 
 @dataclass(frozen=True)

@@ -213,11 +213,12 @@ class Checkpoint:
     """The file of the best state, where early stopping has one."""
 
 
-def newest_checkpoint(folders: Sequence[Path], identity: Identity) -> Checkpoint | None:
+def newest_checkpoint(folders: Sequence[Path], identity: Identity | None) -> Checkpoint | None:
     """Return the checkpoint with the most steps that is whole and of this run; None for none.
 
     Args:
         folders: where to look; those that are not there are passed over.
+        identity: of the run; None takes any run's, to publish what was trained as it is.
     """
     found = sorted((item for folder in folders for item in _checkpoints(folder)), reverse=True)
     for _, place in found:
@@ -226,7 +227,7 @@ def newest_checkpoint(folders: Sequence[Path], identity: Identity) -> Checkpoint
             if page.get("version") != VERSION:
                 logger.info("%s is of another version and not gone on from", place)
                 continue
-            if page["identity"]["run"] != identity.run:
+            if identity is not None and page["identity"]["run"] != identity.run:
                 logger.info("%s is of another run and not gone on from", place)
                 continue
             if page["sha256"] != file_digest(place / TENSORS):
@@ -238,7 +239,7 @@ def newest_checkpoint(folders: Sequence[Path], identity: Identity) -> Checkpoint
             return Checkpoint(
                 state,
                 load_file(place / TENSORS),
-                page["identity"]["data"] == identity.data,
+                identity is None or page["identity"]["data"] == identity.data,
                 best,
             )
         logger.warning("%s is damaged and not gone on from", place)

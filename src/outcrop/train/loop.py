@@ -114,6 +114,7 @@ def train(
     checkpoints: Path | None = None,
     checkpoint_seconds: float = 30.0,
     earlier: Sequence[Path] = (),
+    continued: Sequence[Path] = (),
 ) -> TrainResult:
     """Train and write the artifact below `output`.
 
@@ -153,13 +154,15 @@ def train(
         earlier: folders with checkpoints of earlier tries. The run goes on from the newest one
             that is whole and of a run with the same plan, data and settings, as if it had never
             been interrupted; they are removed once there is a newer one.
+        continued: folders with checkpoints of another job that this run must go on from. They are
+            only read.
     Raises:
         EmptyLossError: no token of the records, or of one batch, carries loss.
         NonFiniteLossError: a loss or gradient became NaN or infinite; the message names the step.
         OutOfMemoryError: one record alone does not fit into memory.
         StopRequested: `should_stop` answered True. No artifact is written.
-        TrainingError: the data is not what the newest checkpoint was made with, or the device is
-            not there.
+        TrainingError: the data is not what the newest checkpoint was made with, there is none in
+            `continued` that fits, or the device is not there.
         ModelError: the base cannot be loaded.
     """
     started = time.perf_counter()
@@ -172,7 +175,7 @@ def train(
     torch.manual_seed(seed)
     device = device or choose_device()
     dtype = dtype or device_dtype(device)
-    model, trainable = _load(plan, folder, parent, dtype, device, seed)
+    model, trainable = load_trainable(plan, folder, parent, dtype, device, seed)
     longest = max(len(example.input_ids) for example in examples)
     shape = ModelShape.of(model.config.to_dict())
     portions = default_portions(device, shape, plan, longest, threads)
@@ -203,7 +206,13 @@ def train(
         compiled=device.type == "cpu" and are_compiled(dtype),
         parent=None if parent is None else folder_digest(parent),
     )
-    found = newest_checkpoint(earlier, identity)
+    found = newest_checkpoint([*earlier, *continued], identity)
+    if found is None and continued:
+        raise TrainingError(
+            "The checkpoint that the job was to go on from cannot be used: its files are damaged "
+            "or gone, or it was made by another version, or on another kind of processor. Nothing "
+            "was published. Create a job from the beginning, or a model of the checkpoint."
+        )
     if found is not None and not found.has_same_data:
         raise TrainingError(
             f"The training or validation data changed after step {found.state.steps}: it is not "
@@ -239,7 +248,8 @@ def train(
         run.cut(largest, "An earlier attempt was ended by the system for its memory.")
     keeper = (
         Keeper(
-            *(checkpoints, identity, state.steps),
+            # A stop shall leave one of its own here, whatever another job has.
+            *(checkpoints, identity, 0 if continued else state.steps),
             least_seconds=checkpoint_seconds,
             replaces=earlier,
             best=output / BEST,
@@ -335,7 +345,7 @@ def train(
     )
 
 
-def _load(
+def load_trainable(
     plan: TrainPlan,
     folder: Path,
     parent: Path | None,

@@ -208,10 +208,7 @@ class Run:
 
     def restore_values(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what was trained, without the optimizer's moments."""
-        with torch.no_grad():
-            for number, master in enumerate(self._trainable.masters):
-                master.copy_(tensors[f"{number}.value"])
-        self._trainable.apply_masters()
+        restore_values(self._trainable, tensors)
 
     def _set_moments(self, master: Tensor, moments: Mapping[str, Tensor]) -> None:
         # The number of steps is a tensor of its own on the CPU, as AdamW makes it; on a GPU, its
@@ -267,6 +264,14 @@ class Run:
             f"{longest} tokens, for which about {gibibytes(needed)} are needed; {_figures()} "
             f"The last thing that was refused: {refused[:300]} {OUT_OF_MEMORY_ADVICE}"
         )
+
+
+def restore_values(trainable: Trainable, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what was trained."""
+    with torch.no_grad():
+        for number, master in enumerate(trainable.masters):
+            master.copy_(tensors[f"{number}.value"])
+    trainable.apply_masters()
 
 
 def _figures() -> str:
