@@ -182,7 +182,7 @@ def segments(folder: Path) -> list[Path]:
     """Return the paths of a folder's segments, the oldest first, those being written included."""
     try:
         return sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -31,7 +29,7 @@ from outcrop.ids import S3Uri
 from outcrop.store import outbox
 from outcrop.store.database import transaction
 from outcrop.store.delivery import list_counts
-from outcrop.store.spool import SpoolWriter, segments
+from outcrop.store.spool import segments
 from outcrop.wire.client import outcrop_client
 
 LLAMA = "meta.llama3-1-8b-instruct-v1:0"
@@ -361,17 +359,13 @@ def test_an_invocation_does_not_notice_a_full_spool(tmp_path: Path, objects: Mem
 
 
 def test_an_invocation_does_not_notice_a_disk_that_refuses(
-    gateway: Gateway, objects: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, objects: MemoryStore
 ) -> None:
-    turn_on(gateway)
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def refuse(self: SpoolWriter, record: bytes) -> None:
-        raise full
-
-    monkeypatch.setattr(SpoolWriter, "append", refuse)
-    assert gateway.client().invoke_model(modelId=LLAMA, body=json.dumps(BODY))["body"].read()
-    wait_until(lambda: outcomes(gateway).get("disk-error") == 1)
+    (tmp_path / "spool").write_text("in the way of the folder")
+    with running_gateway(tmp_path, invocation_log_seconds=0) as gateway:
+        turn_on(gateway)
+        assert gateway.client().invoke_model(modelId=LLAMA, body=json.dumps(BODY))["body"].read()
+        wait_until(lambda: outcomes(gateway) == {"disk-error": 1})
 
 
 def test_the_owner_sees_what_was_delivered_and_what_was_given_up(
