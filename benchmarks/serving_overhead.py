@@ -3,7 +3,7 @@
     python -m benchmarks.serving_overhead [--requests 200]
 
 The same prompt is answered with the same few tokens by each way in turn: by an engine in this very
-process, which is the engine's own time; over a model server's socket; and by a service's gateway,
+process, the same request rendered and all, which is the engine's own time; over a model server's socket; and by a service's gateway,
 as bytes over a kept connection, and through boto3. The differences of the medians are what the ways
 cost. Only one request is under way at any time, so nothing waits for another.
 """
@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,7 +24,6 @@ from urllib.parse import quote, urlsplit
 import boto3
 from benchmarks.custom_models import BASE_MODEL, place_weights
 from benchmarks.get_job_latency import Connection
-from benchmarks.outcrop_serving import ask as ask_engine
 from benchmarks.running import Running, percentile, running_service, write_result
 from benchmarks.training_work import CACHE, shipped_weights
 from botocore.auth import SigV4Auth
@@ -34,7 +34,7 @@ from outcrop.data.records import Message
 from outcrop.models.weights import SHIPPED_KEY
 from outcrop.serve.client import ModelClient
 from outcrop.serve.engine import BatchEngine
-from outcrop.serve.request import GenerationRequest, SamplingParams
+from outcrop.serve.request import Generation, GenerationRequest, SamplingParams
 from outcrop.serve.server import default_threads
 from outcrop.settings import Settings
 from outcrop.store import servers
@@ -95,7 +95,6 @@ async def measure(service: Running, data_dir: Path, count: int) -> dict[str, lis
     }
     runtime.invoke_model(modelId=BASE_MODEL, body=body)  # has the model server started
     engine = BatchEngine(shipped_weights(None), threads=default_threads())
-    prompt = engine.renderer.render_prompt((Message("user", PROMPT),))
     client = ModelClient(Path(server_row(data_dir).address or ""), keeps=1)
     request = GenerationRequest(
         (Message("user", PROMPT),), SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
@@ -107,7 +106,9 @@ async def measure(service: Running, data_dir: Path, count: int) -> dict[str, lis
     )
 
     async def in_process() -> None:
-        ask_engine(engine, [prompt], ANSWER_TOKENS)
+        done = threading.Event()
+        engine.submit(request, lambda event: done.set() if isinstance(event, Generation) else None)
+        done.wait()
 
     async def by_boto3_invoke() -> None:
         runtime.invoke_model(modelId=BASE_MODEL, body=body)["body"].read()

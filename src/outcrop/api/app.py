@@ -44,6 +44,7 @@ from outcrop.objects.client import backend
 from outcrop.processes.address import GATEWAY, last_port, reachable_url
 from outcrop.settings import Settings
 from outcrop.store.database import connect
+from outcrop.store.remembered import Remembered
 from outcrop.wire import route, serialize, sigv4
 
 logger = logging.getLogger("outcrop.gateway")
@@ -58,6 +59,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     limits = httpx.Limits(max_connections=MAX_CONNECTIONS_TO_STORE)
     # No proxy, no time-out on transfers: a slow upload is the client's own affair.
     timeout = httpx.Timeout(None, connect=5.0)
+    remembered = Remembered(engine)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
         try:
             log = InvocationLog(settings, engine, lambda: services.objects)
@@ -69,6 +71,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
                 http=http,
                 page_key=page_key(settings),
                 invocation_log=log,
+                remembered=remembered,
             )
             async with services.usage.flushing(engine):
                 with log.running():
@@ -76,6 +79,7 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
             services.close_model_clients()
             await anyio.lowlevel.checkpoint()  # in which they are closed
         finally:
+            remembered.close()
             engine.dispose()
 
 

@@ -39,7 +39,11 @@ def look_ahead(
     """Resolve what an operation asks, in a thread that may read. Raises as `resolve`."""
     action = getattr(function, _ACTION, None)
     if action is not None:
-        context.resolved[params["modelId"], action] = resolve(context, params["modelId"], action)
+        identifier = params["modelId"]
+        context.resolved[identifier, action] = context.services.remembered.get(
+            ("target", context.principal, context.region, identifier, action),
+            lambda: resolve(context, identifier, action),
+        )
 
 
 async def target_of(context: RequestContext, identifier: str, action: str) -> Target:

@@ -25,6 +25,7 @@ from outcrop.objects.client import Backend, ObjectStore
 from outcrop.objects.client import backend as current_backend
 from outcrop.serve.client import ModelClient
 from outcrop.settings import Settings
+from outcrop.store.remembered import Remembered
 
 KEPT_CONNECTIONS = 64
 """To each model server, between requests."""
@@ -52,6 +53,8 @@ class Services:
     touched: dict[str, float] = field(default_factory=dict)
     """By the key of base weights: when the use of their model server was last written, on the
     monotonic clock."""
+    remembered: Remembered = field(default_factory=Remembered)
+    """What was read of the database for each request and has not changed."""
     model_clients: dict[str, ModelClient] = field(default_factory=dict)
     """By the key of base weights."""
 

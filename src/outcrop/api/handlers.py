@@ -305,8 +305,12 @@ def _authenticate_key(services: Services, key: str) -> Principal:
 def _authenticate(
     services: Services, signed: SignedRequest, signature: Signature, body: bytes
 ) -> Principal:
-    with services.engine.connect() as connection:
-        found = authenticate(connection, signature.access_key_id)
+
+    def read() -> tuple[Principal, str] | None:
+        with services.engine.connect() as connection:
+            return authenticate(connection, signature.access_key_id)
+
+    found = services.remembered.get(("access key", signature.access_key_id), read)
     if found is None:
         raise ApiError(
             "The security token included in the request is invalid.",
