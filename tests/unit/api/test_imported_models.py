@@ -245,7 +245,7 @@ def test_a_model_with_throughput_is_not_deleted(bedrock: Any, arn: str) -> None:
     listed = bedrock.list_provisioned_model_throughputs(modelArnEquals=arn)
     assert len(listed["provisionedModelSummaries"]) == 1
     assert (found["modelArn"], found["foundationModelArn"]) == (arn, arn)
-    with pytest.raises(ClientError, match="in use by provisioned throughput: mine"):
+    with pytest.raises(ClientError, match="in use by provisioned throughput mine"):
         bedrock.delete_imported_model(modelIdentifier=arn)
     bedrock.delete_provisioned_model_throughput(provisionedModelId=bought["provisionedModelArn"])
 
