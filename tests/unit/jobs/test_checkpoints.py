@@ -35,21 +35,39 @@ PARAMETERS = {"epochCount": "3", "batchSize": "2", "learningRate": "0.01"}
 TRAINING = S3Uri(BUCKET, "FINE_TUNING.jsonl")
 
 
-@pytest.fixture
-def settings(data_dir: Path, folder: Path) -> Settings:
-    settings = Settings(data_dir=data_dir)
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    yield from bootstrapped(Settings(data_dir=tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def workshop(engine: Engine, folder: Path) -> Workshop:
+    assert engine.url.database is not None
+    settings = Settings(data_dir=Path(engine.url.database).parent)
     add_model(settings, folder, MODEL_ID, license="MIT", family="titan-text")
-    return settings
-
-
-@pytest.fixture
-def engine(settings: Settings) -> Iterator[Engine]:
-    yield from bootstrapped(settings)
-
-
-@pytest.fixture
-def workshop(settings: Settings, engine: Engine) -> Workshop:
     return Workshop(settings, engine)
+
+
+@pytest.fixture(scope="module")
+def whole(workshop: Workshop) -> Job:
+    """A job that nobody stopped."""
+    job = workshop.held("whole", parameters=PARAMETERS)
+    workshop.run(job)
+    return now(workshop, job)
+
+
+@pytest.fixture(scope="module")
+def first(workshop: Workshop) -> Job:
+    """A job that was stopped after 7 steps or more."""
+    return stopped(workshop, "first")
+
+
+def digest_of(workshop: Workshop, job: Job) -> str:
+    """What the model of a completed job is."""
+    with workshop.engine.connect() as connection:
+        model = models.get_model(connection, ACCOUNT, REGION, job.spec["customModelName"])
+    assert model is not None
+    return model.artifact_digest
 
 
 @pytest.fixture(autouse=True)
@@ -111,18 +129,15 @@ def step_losses(workshop: Workshop, job: Job) -> list[tuple[str, str]]:
 
 
 def test_a_continued_job_ends_in_the_bytes_of_the_uninterrupted_one_with_all_metrics(
-    workshop: Workshop,
+    workshop: Workshop, whole: Job, first: Job
 ) -> None:
-    whole = workshop.held("whole", parameters=PARAMETERS)
-    wanted = workshop.run(whole)
-    first = stopped(workshop, "first")
     kept = usable_checkpoint(workshop.settings, first)
     assert 7 <= kept.step < 15
     assert workshop.settings.data_dir.joinpath("work", first.id).is_dir()
 
     second = going_on(workshop, first, "second")
     model = workshop.run(second)
-    assert model.artifact_digest == wanted.artifact_digest
+    assert model.artifact_digest == digest_of(workshop, whole)
     assert step_losses(workshop, second) == step_losses(workshop, whole)
     with workshop.engine.connect() as connection:
         rows = metrics.list_steps(connection, second)
@@ -131,22 +146,20 @@ def test_a_continued_job_ends_in_the_bytes_of_the_uninterrupted_one_with_all_met
     assert usable_checkpoint(workshop.settings, first) == kept, "it can be gone on from again"
 
 
-def test_a_continued_job_that_is_stopped_and_killed_goes_on_once_more(workshop: Workshop) -> None:
-    wanted = workshop.run(workshop.held("whole", parameters=PARAMETERS))
-    first = stopped(workshop, "first", step=3)
-    second = stopped(workshop, "second", step=6, job=going_on(workshop, first, "second"))
-    # The first one's files are needed no more.
-    for path in sorted(artifacts.job_folder(workshop.settings, first.id).rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
+def test_a_continued_job_that_is_stopped_and_killed_goes_on_once_more(
+    workshop: Workshop, whole: Job, first: Job
+) -> None:
+    second = stopped(workshop, "again", step=10, job=going_on(workshop, first, "again"))
+    assert usable_checkpoint(workshop.settings, second).folder.parents[2].name == second.id
     third = going_on(workshop, second, "third")
     with transaction(workshop.engine) as connection:
         assert jobs.requeue(connection, third.id, third.fence, "killed")
         third = claimed(connection, now(workshop, third))
-    assert workshop.run(third).artifact_digest == wanted.artifact_digest
+    assert workshop.run(third).artifact_digest == digest_of(workshop, whole)
 
 
-def test_only_the_last_checkpoint_of_a_stopped_job_is_kept(workshop: Workshop) -> None:
-    job = stopped(workshop, "first")
+def test_only_the_last_checkpoint_of_a_stopped_job_is_kept(workshop: Workshop, first: Job) -> None:
+    job = first
     folder = artifacts.job_folder(workshop.settings, job.id)
     kept = usable_checkpoint(workshop.settings, job)
     place = kept.folder.relative_to(folder)
@@ -159,8 +172,10 @@ def test_only_the_last_checkpoint_of_a_stopped_job_is_kept(workshop: Workshop) -
     )
 
 
-def test_a_model_is_made_of_the_last_checkpoint_without_the_data(workshop: Workshop) -> None:
-    job = stopped(workshop, "first")
+def test_a_model_is_made_of_the_last_checkpoint_without_the_data(
+    workshop: Workshop, first: Job
+) -> None:
+    job = first
     kept = usable_checkpoint(workshop.settings, job)
     content = dict(workshop.objects.content)
     workshop.objects.content.clear()
@@ -213,17 +228,21 @@ def made(workshop: Workshop, job: Job, name: str) -> Any:
     return model
 
 
-def test_data_that_changed_meanwhile_are_not_gone_on_with(workshop: Workshop) -> None:
-    second = going_on(workshop, stopped(workshop, "first"), "second")
-    content = workshop.objects.content[TRAINING]
-    workshop.objects.content[TRAINING] = content.replace(b"yes", b"no!")
+def test_data_that_changed_meanwhile_are_not_gone_on_with(
+    workshop: Workshop, first: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = going_on(workshop, first, "changed")
+    content = workshop.objects.content[TRAINING].replace(b"yes", b"no!")
+    monkeypatch.setitem(workshop.objects.content, TRAINING, content)
     with pytest.raises(TrainingError, match=rf"{TRAINING} changed"):
         workshop.run(second)
+    with transaction(workshop.engine) as connection:
+        assert jobs.fail_job(connection, second.id, second.fence, "it did")
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from_nor_made_a_model(workshop: Workshop) -> None:
-    job = stopped(workshop, "first")
-    second = going_on(workshop, job, "second")
+    job = stopped(workshop, "damaged")
+    second = going_on(workshop, job, "of-damaged")
     tensors = usable_checkpoint(workshop.settings, job).folder / "state.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
@@ -231,16 +250,17 @@ def test_a_damaged_checkpoint_is_not_gone_on_from_nor_made_a_model(workshop: Wor
     with pytest.raises(TrainingError, match="was to go on from cannot be used"):
         workshop.run(second)
     with pytest.raises(TrainingError, match="checkpoint cannot be used"):
-        made(workshop, job, "half")
+        made(workshop, job, "half-damaged")
 
 
-def test_a_job_that_has_not_stopped_or_has_no_checkpoint_says_so(workshop: Workshop) -> None:
+def test_a_job_that_has_not_stopped_or_has_no_checkpoint_says_so(
+    workshop: Workshop, whole: Job
+) -> None:
     running = workshop.held("running", parameters=PARAMETERS)
     with pytest.raises(ConflictException, match=r"running has not stopped.*Stop it first"):
         usable_checkpoint(workshop.settings, running)
-    workshop.run(running)
-    with pytest.raises(ConflictException, match="running is Completed"):
-        usable_checkpoint(workshop.settings, now(workshop, running))
+    with pytest.raises(ConflictException, match="whole is Completed"):
+        usable_checkpoint(workshop.settings, whole)
     waiting = workshop.held("waiting", parameters=PARAMETERS)
     with transaction(workshop.engine) as connection:
         assert jobs.request_stop(connection, waiting.id)
@@ -249,8 +269,10 @@ def test_a_job_that_has_not_stopped_or_has_no_checkpoint_says_so(workshop: Works
         usable_checkpoint(workshop.settings, now(workshop, waiting))
 
 
-def test_the_checkpoint_goes_after_its_days_unless_a_job_needs_it(workshop: Workshop) -> None:
-    job = stopped(workshop, "first")
+def test_the_checkpoint_goes_after_its_days_unless_a_job_needs_it(
+    workshop: Workshop, first: Job
+) -> None:
+    job = first
     folder = artifacts.job_folder(workshop.settings, job.id)
     (folder / "99").mkdir()
     later = datetime.now(UTC) + timedelta(days=8)
@@ -265,14 +287,16 @@ def test_the_checkpoint_goes_after_its_days_unless_a_job_needs_it(workshop: Work
     assert garbage(workshop.settings) == {folder / "99"}, "an older attempt's files"
     none = Settings(data_dir=workshop.settings.data_dir, keep_checkpoint_days=0)
     assert garbage(none) == {folder / "99", kept.parents[1]}
-    second = going_on(workshop, job, "second")
+    second = going_on(workshop, job, "needs-it")
     assert garbage(none) == {folder / "99"}, "as long as the other has not ended"
     with transaction(workshop.engine) as connection:
         assert jobs.fail_job(connection, second.id, second.fence, "it did")
     assert kept.parents[1] in garbage(none)
+    (folder / "99").rmdir()
 
 
-def test_with_no_days_nothing_is_kept(workshop: Workshop) -> None:
-    workshop.settings = Settings(data_dir=workshop.settings.data_dir, keep_checkpoint_days=0)
-    job = stopped(workshop, "first")
+def test_with_no_days_nothing_is_kept(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = Settings(data_dir=workshop.settings.data_dir, keep_checkpoint_days=0)
+    monkeypatch.setattr(workshop, "settings", none)
+    job = stopped(workshop, "unkept")
     assert not artifacts.job_folder(workshop.settings, job.id).exists()
