@@ -5,16 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 
-from tests.e2e.service import JOB_SECONDS, Service, job_request, keys, wait_for
+from tests.e2e.service import JOB_SECONDS, Service, job_request, keys, new_bucket, wait_for
 
 ASKED = "cohere.command-light-text-v14"
-NUM_CALLS = 12
+NUM_CALLS = 25
 
 
 def test_answers_are_logged_and_become_training_data(service: Service, name: str) -> None:
-    bucket = f"{name}-logs"
+    bucket = new_bucket(service, f"{name}-logs")
     s3, bedrock = service.client("s3"), service.client("bedrock")
-    s3.create_bucket(Bucket=bucket)
     bedrock.put_model_invocation_logging_configuration(
         loggingConfig={"s3Config": {"bucketName": bucket, "keyPrefix": "logs"}}
     )
@@ -23,7 +22,7 @@ def test_answers_are_logged_and_become_training_data(service: Service, name: str
     try:
         for number in range(NUM_CALLS):
             prompt = f"Say something of rock number {number}."
-            body = json.dumps({"prompt": prompt, "max_tokens": 4, "temperature": 0})
+            body = json.dumps({"prompt": prompt, "max_tokens": 3, "temperature": 0})
             metadata = json.dumps({"wanted": "no" if number == 0 else "yes"})
             answer = runtime.invoke_model(modelId=ASKED, body=body, requestMetadata=metadata)
             if number:
@@ -47,12 +46,7 @@ def test_answers_are_logged_and_become_training_data(service: Service, name: str
         "invocationLogSource": {"s3Uri": f"s3://{bucket}/logs"},
         "requestMetadataFilters": {"equals": {"wanted": "yes"}},
     }
-    request = job_request(
-        bucket,
-        name,
-        trainingDataConfig={"invocationLogsConfig": config},
-        validationDataConfig=None,
-    )
+    request = job_request(bucket, name, trainingDataConfig={"invocationLogsConfig": config})
     arn = bedrock.create_model_customization_job(**request)["jobArn"]
 
     def validated() -> bool:

@@ -36,7 +36,16 @@ from outcrop.store import jobs, outbox
 from outcrop.store.database import transaction
 from outcrop.store.delivery import FAILING, Counted, CountKey, add_counts
 from outcrop.store.lock import only_one
-from outcrop.store.rows import BATCH, CUSTOMIZATION, DATA_TASK, Job, JobStatus
+from outcrop.store.rows import (
+    BATCH,
+    COPY,
+    CREATION,
+    CUSTOMIZATION,
+    DATA_TASK,
+    IMPORT,
+    Job,
+    JobStatus,
+)
 from outcrop.store.rows_delivery import OutboxEvent
 
 logger = logging.getLogger("outcrop.worker")
@@ -54,9 +63,9 @@ DETAIL_TYPES = {
     CUSTOMIZATION: "Model Customization Job State Change",
     BATCH: "Batch Inference Job State Change",
     DATA_TASK: "Data Task State Change",
-    "import": "Model Import Job State Change",
-    "creation": "Custom Model State Change",
-    "copy": "Model Copy Job State Change",
+    IMPORT: "Model Import Job State Change",
+    CREATION: "Custom Model State Change",
+    COPY: "Model Copy Job State Change",
     "export": "Model Export Job State Change",
     "checkpoint": "Checkpoint Model Job State Change",
 }
