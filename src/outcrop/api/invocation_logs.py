@@ -70,13 +70,14 @@ class Entry:
         asked: dict[str, Any] = {"inputContentType": JSON_TYPE}
         raw: dict[str, str] = {}
         try:
-            body = json.loads(self.body or b"null")
-        except ValueError:  # it was refused; what it was is kept as it is
+            body = json.loads(self.body or b"null", parse_constant=_refuse)
+            delivers = self._delivers(body)
+        except (ValueError, RecursionError):  # it was refused; what it was is kept as it is
             if self._delivers(None):
                 raw["input"] = base64.b64encode(self.body).decode()
             asked["inputContentType"] = "application/octet-stream"
         else:
-            if self._delivers(body):
+            if delivers:
                 asked["inputBodyJson"] = body
         asked["inputTokenCount"] = context.tally.input_tokens
         answered: dict[str, Any] = {"outputContentType": JSON_TYPE}
@@ -113,6 +114,10 @@ class Entry:
         """Whether the configuration lets a body of these kinds of data out."""
         kinds = {"text"} | _kinds(body)
         return all(self.config.get(_SWITCHES[kind], True) for kind in kinds)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _kinds(value: Any) -> set[str]:

@@ -286,6 +286,19 @@ def test_errors_are_logged_with_their_code_and_refused_callers_are_not(
     assert gzip.decompress(objects.content[S3Uri(BUCKET, key)]) == b"no json"
 
 
+@pytest.mark.parametrize("body", [b'{"prompt": NaN}', b"[" * 5000 + b"]" * 5000])
+def test_a_body_that_no_reader_of_logs_could_read_is_kept_as_it_was(
+    gateway: Gateway, objects: MemoryStore, body: bytes
+) -> None:
+    turn_on(gateway)
+    with pytest.raises(ClientError):
+        gateway.client().invoke_model(modelId=LLAMA, body=body)
+    (record,) = records(objects, 1)
+    path = record["input"]["inputBodyS3Path"]
+    held = objects.content[S3Uri(BUCKET, path.removeprefix(f"s3://{BUCKET}/"))]
+    assert gzip.decompress(held) == body
+
+
 def test_an_answer_that_its_client_left_is_marked(gateway: Gateway, objects: MemoryStore) -> None:
     turn_on(gateway)
     gateway.model.script(*ANSWER[:2], ending="wait")
