@@ -8,17 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 from tests.jobs.fake_attempt import STARTS
-from tests.unit.store.build import ACCOUNT, REGION, claimed, new_job, new_task
+from tests.unit.store.build import ACCOUNT, REGION, claimed, new_batch, new_job, new_task
 
 from outcrop.errors import StoreError
 from outcrop.jobs.executors.local import LocalExecutor
-from outcrop.jobs.worker import POLL_SECONDS, Worker, run_worker
+from outcrop.jobs.worker import BATCH_STOP_SECONDS, POLL_SECONDS, Worker, run_worker
 from outcrop.settings import Settings, child_environment
 from outcrop.store import events, jobs, models
 from outcrop.store.database import connect, migrate, transaction
@@ -374,6 +375,37 @@ def test_a_data_task_does_not_wait_for_the_exit_of_one_that_has_ended(service: S
     kernel.tick()
     assert service.job(second).status == "running"
     assert [attempt.code for attempt in kernel.started] == [None, None]
+
+
+def test_batch_jobs_have_a_line_of_their_own_in_which_they_expire(service: Service) -> None:
+    training = service.create("a", "is deaf")
+    late = datetime.now(UTC) - timedelta(seconds=1)
+    with transaction(service.engine) as connection:
+        made = [jobs.create_job(connection, new_batch(name)) for name in ("b", "c", "d")]
+        too_late = jobs.create_job(connection, new_batch("e", expires_at=late))
+    kernel = Kernel(service)
+    kernel.tick()
+    assert service.job(training).status == "running"
+    assert [service.job(job).status for job in made] == ["running", "running", "queued"]
+    assert (service.job(too_late).status, service.job(too_late).phase) == ("failed", "Expired")
+
+
+def test_a_batch_job_has_time_to_hand_out_its_answers_before_a_stop_kills_it(
+    service: Service,
+) -> None:
+    with transaction(service.engine) as connection:
+        job = jobs.create_job(connection, new_batch("a"))
+    kernel = Kernel(service)
+    kernel.tick()
+    service.stop(job)
+    kernel.tick()
+    kernel.now += BATCH_STOP_SECONDS - 1
+    kernel.tick()
+    assert kernel.started[0].code is None
+    kernel.now += 1
+    kernel.tick()
+    kernel.tick()
+    assert service.job(job).status == "stopped"
 
 
 def test_a_stop_that_had_to_kill_does_not_count_as_out_of_memory(service: Service) -> None:
