@@ -371,7 +371,7 @@ def journal_of(place: Settings, job: Job) -> Path:
 
 
 @settings(
-    max_examples=12, deadline=None,
+    max_examples=7, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(st.integers(0, 20), st.floats(0, 1))
