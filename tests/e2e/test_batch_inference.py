@@ -13,13 +13,13 @@ from tests.e2e.service import JOB_SECONDS, ROLE, TITAN, Service, wait_for
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ENDED = ("Completed", "PartiallyCompleted", "Failed", "Stopped", "Expired")
-NUM_RECORDS = 120
+NUM_RECORDS = 90
 
 
 def test_a_batch_job_answers_every_record_once_whatever_is_killed(
     service: Service, bucket: str, name: str
 ) -> None:
-    settings = {"maxTokenCount": 8, "temperature": 0}
+    settings = {"maxTokenCount": 4, "temperature": 0}
     records: list[dict[str, Any]] = [
         {
             "recordId": f"r{number}",
