@@ -22,6 +22,7 @@ from outcrop.jobs.batch.stages import INFERENCE, VALIDATION
 from outcrop.jobs.batch.states import states_of, wire_status
 from outcrop.store import batches, jobs, models, tags
 from outcrop.store.database import lock_account, transaction
+from outcrop.store.imported_models import get_imported_model
 from outcrop.store.rows import BATCH, Job, NewJob
 from outcrop.store.tokens import find_replay, request_token
 
@@ -88,9 +89,9 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
     with transaction(services.engine) as connection:
         # Held to the end: the model cannot be deleted before the row that needs it is there.
         lock_account(connection, context.account, context.region)
-        if _kind(target) == "custom-model" and find_replay(connection, token) is None:
-            there = models.get_model(connection, context.account, context.region, target.model_arn)
-            if there is None:
+        if _kind(target) != "foundation-model" and find_replay(connection, token) is None:
+            named = (connection, context.account, context.region, target.model_arn)
+            if models.get_model(*named) is None and get_imported_model(*named) is None:
                 raise ValidationException(
                     f"The model {params['modelId']} was deleted while the job was created."
                 )

@@ -548,6 +548,25 @@ def test_a_job_whose_time_is_up_is_partly_completed_and_its_next_attempt_too(
     assert manifest_of(objects, other)["processedRecordCount"] == 19
 
 
+def test_a_job_whose_every_record_was_answered_completes_without_a_model_server(
+    place: Settings, engine: Engine, objects: MemoryStore, model: Model
+) -> None:
+    for late in (False, True):
+        job = held(engine)
+        with transaction(engine) as connection:
+            batches.set_phase(connection, job.id, job.fence, "InProgress")
+            servers.remove(connection, MODEL.weights)
+        journal = Journal(journal_of(place, job).parent, 20, ())
+        journal.add(Answer(number, b"{}", False, 5, 3) for number in range(20))
+        journal.close()
+        job = again(engine, job)
+        job = replace(job, expires_at=datetime.now(UTC)) if late else job
+        stages.run(place, engine, job, lambda: False, objects=objects, connect=model)
+        assert (now(engine, job).status, now(engine, job).phase) == ("completed", "InProgress")
+        assert len(output_of(objects, job)) == 20
+    assert not model.asked
+
+
 def test_a_job_that_did_not_begin_in_time_expires(
     place: Settings, engine: Engine, objects: MemoryStore, model: Model
 ) -> None:

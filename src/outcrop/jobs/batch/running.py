@@ -94,7 +94,8 @@ class Run:
     async def _ask_all(self, scope: anyio.CancelScope) -> None:
         records = self._records()
         try:
-            await self.asker.find_server()
+            if any(self._num_left):
+                await self.asker.find_server()
             await anyio.to_thread.run_sync(self.begin)
             async with anyio.create_task_group() as group:
                 for _ in range(NUM_UNDER_WAY):

@@ -171,6 +171,9 @@ class _Batch:
         if now is not None and now.phase != IN_PROGRESS:
             _end_expired(self.engine, self.job)
             return
+        if self.journal.num_answers == self.num_records:
+            self._complete(set())  # in time: only the end of an earlier attempt was too late
+            return
         self._complete(
             set(),
             f"The job's time was up {self.job.spec['timeoutDurationInHours']} hours after it was "
