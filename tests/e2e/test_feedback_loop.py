@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 
+import pytest
 from tests.e2e.service import JOB_SECONDS, Service, job_request, keys, new_bucket, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ASKED = "cohere.command-light-text-v14"
 NUM_CALLS = 25
