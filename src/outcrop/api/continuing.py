@@ -14,8 +14,13 @@ from outcrop.api.resources import CHECKPOINT_MODEL, JOB, find
 from outcrop.errors import ConflictException, ModelError
 from outcrop.ids import checkpoint_model_arn, customization_job_arn, new_id
 from outcrop.jobs import queue
-from outcrop.jobs.checkpoints import CONTINUES, describe_continued, usable_checkpoint
-from outcrop.jobs.from_checkpoint import STAGE, describe_data
+from outcrop.jobs.checkpoints import (
+    CONTINUES,
+    STAGE,
+    describe_continued,
+    describe_data,
+    usable_checkpoint,
+)
 from outcrop.jobs.inputs import check_places
 from outcrop.jobs.states import wire_status
 from outcrop.models.weights import weights_folder

@@ -18,10 +18,15 @@ from outcrop.identity.authorize import assume_role_for_service
 from outcrop.ids import S3Uri, model_export_arn, new_id
 from outcrop.jobs import places, queue
 from outcrop.jobs.artifacts import EXPORT_MANIFEST, export_folder
-from outcrop.jobs.exporting import base_of, describe_subject
-from outcrop.jobs.model_export import OUTPUT_MEMBER, UPLOADING, WRITING
 from outcrop.jobs.parents import describe_parent
 from outcrop.jobs.states import statuses_of, wire_status
+from outcrop.jobs.subjects import (
+    OUTPUT_MEMBER,
+    UPLOADING,
+    WRITING,
+    base_of,
+    describe_subject,
+)
 from outcrop.models.artifact import read_artifact
 from outcrop.models.exported import ADAPTER, GGUF, check_form
 from outcrop.models.files import read_json

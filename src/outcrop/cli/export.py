@@ -15,7 +15,8 @@ from typing import Any
 
 from outcrop.errors import ModelError, ObjectStoreError
 from outcrop.ids import S3Uri, parse_s3_uri
-from outcrop.jobs.exporting import describe_subject, write_export
+from outcrop.jobs.exporting import write_export
+from outcrop.jobs.subjects import describe_subject
 from outcrop.models.artifact import check_digest
 from outcrop.models.exported import check_form, files_of
 from outcrop.settings import Settings

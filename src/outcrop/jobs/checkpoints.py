@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 
 from outcrop.errors import ConflictException, ModelError
 from outcrop.jobs import artifacts
+from outcrop.jobs.inputs import validation_uri
 from outcrop.models.files import read_json
 from outcrop.settings import Settings
 from outcrop.store import jobs
@@ -27,6 +28,8 @@ from outcrop.store.rows import CUSTOMIZATION, Job
 
 CONTINUES = "continues"
 """In the row of a job or task: the stopped job whose checkpoint it uses."""
+STAGE = "publication"
+"""Of the task that makes a model of a checkpoint."""
 _NAME = re.compile(r"step-([0-9]+)")
 _PAGE = "state.json"
 
@@ -96,6 +99,26 @@ def is_kept(settings: Settings, job: Job, now: datetime | None = None) -> bool:
 def describe_continued(job: Job, kept: Kept) -> dict[str, Any]:
     """Return what the row of a job or task records of the stopped job whose checkpoint it uses."""
     return {"jobId": job.id, "jobArn": job.arn, "jobName": job.name, "step": kept.step}
+
+
+def describe_data(stopped: Job) -> list[dict[str, Any]]:
+    """Return the data files of a stopped job with their digests, as its model would record them;
+    but for their sizes, which its row does not know.
+    """
+    digests = stopped.run_plan.get("data", {})
+    validation = validation_uri(stopped.spec)
+    cleaned = stopped.run_plan.get("cleaned", {})
+    return [
+        {
+            "role": "validation"
+            if validation is not None and uri == str(validation)
+            else "training",
+            "s3Uri": uri,
+            "sha256": digest,
+            **({"cleaned": cleaned[uri]} if uri in cleaned else {}),
+        }
+        for uri, digest in digests.items()
+    ]
 
 
 def continued_folders(settings: Settings, spec: Mapping[str, Any]) -> list[Path]:

@@ -6,15 +6,14 @@ called, not before.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from outcrop.data.render import FALLBACK_TEMPLATE
-from outcrop.errors import ModelError
 from outcrop.ids import is_imported
+from outcrop.jobs.subjects import base_of
 from outcrop.models.artifact import folder_digest, read_artifact
-from outcrop.models.catalog import BaseModel, Catalog, load_catalog
+from outcrop.models.catalog import BaseModel, load_catalog
 from outcrop.models.describe import describe_model
 from outcrop.models.exported import (
     ADAPTER,
@@ -27,53 +26,9 @@ from outcrop.models.exported import (
 from outcrop.models.tokenizer import Tokenizer
 from outcrop.models.weights import ensure_weights, weights_folder
 from outcrop.settings import Settings
-from outcrop.store.rows import CustomModel
 
 _BEGINNING = "{{ bos_token if adds_bos else '' }}"
 """Of the template that stands in for one; no other program knows `adds_bos`."""
-
-
-def describe_subject(model: CustomModel) -> dict[str, Any]:
-    """Return what the row of an export records of the model, for its card."""
-    spec = model.spec
-    return {
-        "modelName": model.name,
-        "modelArn": model.arn,
-        "artifactDigest": model.artifact_digest,
-        "baseModelId": spec.get("baseModelId", model.base_model_id),
-        "weights": spec.get("weights"),
-        "customizationType": model.customization_type,
-        "createdAt": f"{model.created_at:%Y-%m-%dT%H:%M:%SZ}",
-        "jobName": model.job_name,
-        "modelHyperParameters": dict(model.hyper_parameters),
-        "metrics": dict(model.metrics),
-        "data": [
-            {name: row[name] for name in ("role", "sha256", "numBytes") if name in row}
-            for row in spec.get("data", ())
-        ],
-    }
-
-
-def base_of(catalog: Catalog, subject: dict[str, Any]) -> BaseModel:
-    """Return the base model at the root, with the weights that the custom model was made from.
-
-    Raises:
-        ModelError: no model of the catalogue has them any more.
-    """
-    key = subject["weights"]
-    for base in catalog.models:
-        if base.weights == key:
-            return base
-    imported = catalog.resolve(key) if key else None  # imported weights are in no list
-    if imported is not None:
-        return imported
-    named = catalog.resolve(subject["baseModelId"])
-    if named is None:
-        raise ModelError(
-            f"The base model {subject['baseModelId']} of {subject['modelName']} is not in the "
-            "catalogue any more. Add it again with `outcrop models add`."
-        )
-    return replace(named, weights=key or named.weights)
 
 
 def write_export(
@@ -89,7 +44,7 @@ def write_export(
     The same model gives the same bytes.
 
     Args:
-        subject: of `describe_subject`.
+        subject: of `subjects.describe_subject`.
         artifact: the model's folder.
         form, data_type: of `check_form`.
     Raises:

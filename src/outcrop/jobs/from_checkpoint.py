@@ -7,7 +7,6 @@ the row. What would serve the model is compared with it on a fixed text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from sqlalchemy import Engine
 
@@ -15,7 +14,7 @@ from outcrop.data.documents import render_document
 from outcrop.data.records import Document, Example
 from outcrop.errors import LeaseLost, ModelError, StopRequested
 from outcrop.jobs import artifacts
-from outcrop.jobs.checkpoints import CONTINUES, continued_folders
+from outcrop.jobs.checkpoints import CONTINUES, STAGE, continued_folders
 from outcrop.jobs.customization import publish
 from outcrop.jobs.inputs import validation_uri
 from outcrop.jobs.parents import parent_artifact, plan_parent
@@ -28,7 +27,6 @@ from outcrop.store.database import transaction
 from outcrop.store.rows import Job
 from outcrop.train.plan import make_plan
 
-STAGE = "publication"
 _TEXT = (
     "A checkpoint is the state of a run between two steps. This text is read by the model as it "
     "was trained and by what will serve it. Both must find it equally likely: 1, 2, 3, 5, 8, 13."
@@ -93,26 +91,6 @@ def run(settings: Settings, engine: Engine, job: Job, should_stop: Callable[[], 
         *(settings, engine, job, base, plan, spec["dataFiles"], result, parity),
         trained_by=(continued["jobArn"], continued["jobName"]),
     )
-
-
-def describe_data(stopped: Job) -> list[dict[str, Any]]:
-    """Return the data files of a stopped job with their digests, as its model would record them;
-    but for their sizes, which its row does not know.
-    """
-    digests = stopped.run_plan.get("data", {})
-    validation = validation_uri(stopped.spec)
-    cleaned = stopped.run_plan.get("cleaned", {})
-    return [
-        {
-            "role": "validation"
-            if validation is not None and uri == str(validation)
-            else "training",
-            "s3Uri": uri,
-            "sha256": digest,
-            **({"cleaned": cleaned[uri]} if uri in cleaned else {}),
-        }
-        for uri, digest in digests.items()
-    ]
 
 
 def _sample(tokenizer: Tokenizer) -> list[Example]:

@@ -19,15 +19,13 @@ from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts, places, validation
 from outcrop.jobs.exporting import write_export
 from outcrop.jobs.parents import parent_artifact
+from outcrop.jobs.subjects import OUTPUT_MEMBER, UPLOADING, WRITING
 from outcrop.models.exported import files_of
 from outcrop.objects.client import ObjectStore, object_store
 from outcrop.settings import Settings
 from outcrop.store import jobs
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job
-
-WRITING, UPLOADING = "writing", "uploading"
-OUTPUT_MEMBER = "outputDataConfig.s3Uri"
 
 
 def run(

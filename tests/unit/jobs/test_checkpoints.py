@@ -21,7 +21,13 @@ from outcrop.errors import ConflictException, StopRequested, TrainingError
 from outcrop.ids import S3Uri, new_id
 from outcrop.jobs import artifacts, customization, from_checkpoint, gc
 from outcrop.jobs.attempt import _clean_up
-from outcrop.jobs.checkpoints import CONTINUES, describe_continued, usable_checkpoint
+from outcrop.jobs.checkpoints import (
+    CONTINUES,
+    STAGE,
+    describe_continued,
+    describe_data,
+    usable_checkpoint,
+)
 from outcrop.models.describe import add_model
 from outcrop.models.lora import load_adapter
 from outcrop.settings import Settings
@@ -214,11 +220,11 @@ def made(workshop: Workshop, job: Job, name: str) -> Any:
         **job.spec,
         "customModelName": name,
         "customModelId": new_id(),
-        "dataFiles": from_checkpoint.describe_data(job),
+        "dataFiles": describe_data(job),
         CONTINUES: describe_continued(job, kept),
     }
     with transaction(workshop.engine) as connection:
-        new = new_task(new_id(), kind=FROM_CHECKPOINT, spec=spec, stages=(from_checkpoint.STAGE,))
+        new = new_task(new_id(), kind=FROM_CHECKPOINT, spec=spec, stages=(STAGE,))
         task = claimed(connection, jobs.create_job(connection, new))
     from_checkpoint.run(workshop.settings, workshop.engine, task, lambda: False)
     assert now(workshop, task).status == "completed"

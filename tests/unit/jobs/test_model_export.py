@@ -30,8 +30,9 @@ from outcrop.errors import LeaseLost, ModelError, ValidationException
 from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, new_id, role_arn
 from outcrop.jobs import artifacts, exporting, model_export
-from outcrop.jobs.exporting import describe_subject, write_export
+from outcrop.jobs.exporting import write_export
 from outcrop.jobs.parents import describe_parent
+from outcrop.jobs.subjects import UPLOADING, WRITING, describe_subject
 from outcrop.models import gguf_file
 from outcrop.models.artifact import read_artifact
 from outcrop.models.catalog import load_catalog
@@ -350,7 +351,7 @@ def held(workshop: Workshop, model: CustomModel, form: str = "adapter", **change
         "parent": describe_parent(model),
         **changes,
     }
-    stages = (model_export.WRITING, model_export.UPLOADING)
+    stages = (WRITING, UPLOADING)
     with transaction(workshop.engine) as connection:
         new = new_task(new_id(), kind=EXPORT, spec=spec, stages=stages)
         return claimed(connection, jobs.create_job(connection, new))
