@@ -42,6 +42,8 @@ from outcrop.store.rows import (
     CREATION,
     CUSTOMIZATION,
     DATA_TASK,
+    EXPORT,
+    FROM_CHECKPOINT,
     IMPORT,
     Job,
     JobStatus,
@@ -66,8 +68,8 @@ DETAIL_TYPES = {
     IMPORT: "Model Import Job State Change",
     CREATION: "Custom Model State Change",
     COPY: "Model Copy Job State Change",
-    "export": "Model Export Job State Change",
-    "checkpoint": "Checkpoint Model Job State Change",
+    EXPORT: "Model Export Job State Change",
+    FROM_CHECKPOINT: "Checkpoint Model Job State Change",
 }
 _ENDED: tuple[JobStatus, ...] = ("completed", "failed", "stopped")
 
