@@ -2,11 +2,11 @@
 
     python -m benchmarks.serving_overhead [--requests 200]
 
-The same request is answered with the same few tokens by each way in turn: by an engine in this very
-process, rendering included, which is the engine's own time; over a model server's socket; and by a
-service's gateway, as bytes over a kept connection, and through boto3. The differences of the medians
-are what the ways cost; those of the fastest tenth say it with less of what else the machine did. Only
-one request is under way at any time, so nothing waits for another.
+The same request is answered with the same few tokens by each way in turn: by an engine in this
+very process, rendering included, which is the engine's own time; over a model server's socket; and
+by a service's gateway, as bytes over a kept connection, and through boto3. The differences of the
+medians are what the ways cost; those of the fastest tenth say it with less of what else the machine
+did. Only one request is under way at any time, so nothing waits for another.
 """
 
 from __future__ import annotations
