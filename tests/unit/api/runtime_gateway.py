@@ -48,7 +48,8 @@ ANSWER: tuple[Event, ...] = (
 """Two pieces, and a last one that was held back."""
 SECONDS = 20.0
 Ending = Literal["done", "once", "cut", "wait"]
-"""After the events: keep the connection, end it, likewise, or wait for the client to go away."""
+"""After the events: keep the connection; end it (a whole answer, or a cut one); or wait for the
+client to go away."""
 
 
 class ScriptedModelServer:
