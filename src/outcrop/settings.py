@@ -13,9 +13,11 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from datetime import UTC, tzinfo
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
 import platformdirs
 
@@ -278,6 +280,20 @@ class Settings:
             "a URI such as s3://bucket/prefix",
         ),
     )
+    price_book: str = _setting(
+        "TOML file with the prices that the ledger and estimates use; empty means those published "
+        "of Amazon Bedrock.",
+        "",
+    )
+    billing_zone: str = _setting(
+        "Time zone in which billing months begin, as the IANA database names it.",
+        "UTC",
+    )
+    refuse_unfit_jobs: bool = _setting(
+        "Whether a job that cannot fit into this machine's memory or disk is refused when it is "
+        "created; false where workers run on other machines than the gateway.",
+        True,
+    )
     keep_log_bytes: int = _setting(
         "Size at which a process's log file is rotated, in bytes.", 10_000_000
     )
@@ -297,6 +313,23 @@ class Settings:
     def effective_database_url(self) -> str:
         """The URL to connect to: the setting, or the SQLite file in the data directory."""
         return self.database_url or f"sqlite:///{self.data_dir / 'outcrop.sqlite3'}"
+
+    @property
+    def billing_time_zone(self) -> tzinfo:
+        """The zone of billing months.
+
+        Raises:
+            SettingsError: the system's time zone database has no such zone.
+        """
+        if self.billing_zone == "UTC":  # also where there is no such database
+            return UTC
+        try:
+            return ZoneInfo(self.billing_zone)
+        except (KeyError, ValueError, OSError) as error:  # unknown, or no name of a zone at all
+            raise SettingsError(
+                f"billing_zone is {self.billing_zone!r}, which the system's time zone database "
+                "does not have. It must be a name such as UTC or Europe/Berlin."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -428,6 +461,7 @@ def _check(settings: Settings) -> None:
             _ = urlsplit(url.strip()).port
         except ValueError as error:
             raise SettingsError(f"event_webhook_urls: {error}.") from None
+    _ = settings.billing_time_zone
     for name, most in (("vllm_max_rank", 512), ("vllm_memory_percent", 100)):
         if getattr(settings, name) > most:
             raise SettingsError(f"{name} is {getattr(settings, name)}; {most} is the most.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -53,6 +55,9 @@ def test_named_config_file_is_read(tmp_path: Path) -> None:
         ({"OUTCROP_MAX_JOB_ATTEMPTS": "0"}, "max_job_attempts must be at least 1, not 0"),
         ({"OUTCROP_MAX_BODY_BYTES": "0"}, "max_body_bytes must be at least 1, not 0"),
         ({"OUTCROP_INVOKE_TIMEOUT_SECONDS": "0"}, "invoke_timeout_seconds must be at least 1"),
+        ({"OUTCROP_BILLING_ZONE": "Europe/Nowhere"}, "billing_zone is 'Europe/Nowhere'"),
+        ({"OUTCROP_BILLING_ZONE": ""}, "billing_zone is ''"),
+        ({"OUTCROP_BILLING_ZONE": "../passwd"}, "It must be a name such as UTC or Europe/Berlin"),
         ({"OUTCROP_KEEP_LOG_BYTES": "0"}, "keep_log_bytes must be at least 1, not 0"),
         ({"OUTCROP_KEEP_UPLOAD_DAYS": "0"}, "keep_upload_days must be at least 1, not 0"),
         ({"OUTCROP_ACCOUNT": "\uff11" * 12}, "account must be 12 digits"),
@@ -126,3 +131,10 @@ def test_zero_is_allowed_where_it_has_a_meaning_and_the_help_text_says_which() -
 def test_every_setting_has_a_help_text() -> None:
     assert all(item.metadata["help"].endswith(".") for item in setting_fields())
     assert len(setting_fields()) == len(Settings.__dataclass_fields__)
+
+
+def test_billing_months_are_those_of_the_zone(tmp_path: Path) -> None:
+    settings = load_settings({}, {"data_dir": tmp_path})
+    assert settings.billing_time_zone is UTC
+    berlin = load_settings({"OUTCROP_BILLING_ZONE": "Europe/Berlin"}, {"data_dir": tmp_path})
+    assert berlin.billing_time_zone == ZoneInfo("Europe/Berlin")

@@ -39,6 +39,7 @@ from outcrop.errors import ApiError, SettingsError
 from outcrop.identity.api_keys import bearer_key
 from outcrop.identity.bootstrap import page_key
 from outcrop.ids import new_request_id
+from outcrop.meter.prices import load_prices
 from outcrop.models.catalog import load_catalog
 from outcrop.objects.client import backend
 from outcrop.processes.address import GATEWAY, last_port, reachable_url
@@ -63,10 +64,12 @@ async def open_services(settings: Settings) -> AsyncIterator[Services]:
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
         try:
             log = InvocationLog(settings, engine, lambda: services.objects)
+            catalog = load_catalog(settings)
             services = Services(
                 settings=settings,
                 engine=engine,
-                catalog=load_catalog(settings),
+                catalog=catalog,
+                prices=load_prices(settings.price_book, catalog.all_ids),
                 backend=backend(settings),
                 http=http,
                 page_key=page_key(settings),

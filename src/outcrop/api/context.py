@@ -20,6 +20,7 @@ from outcrop.api.log_spool import InvocationLog
 from outcrop.api.usage import UsageMeter
 from outcrop.identity.authorize import authorize
 from outcrop.identity.principals import Principal
+from outcrop.meter.prices import PriceBook, published_prices
 from outcrop.models.catalog import Catalog
 from outcrop.objects.client import Backend, ObjectStore
 from outcrop.objects.client import backend as current_backend
@@ -50,6 +51,8 @@ class Services:
     """Counts the tokens of answers."""
     invocation_log: InvocationLog | None = None
     """Takes what is logged of invocations; None logs none."""
+    prices: PriceBook = field(default_factory=published_prices)
+    """What use costs."""
     touched: dict[str, float] = field(default_factory=dict)
     """By the key of base weights: when the use of their model server was last written, on the
     monotonic clock."""

@@ -17,6 +17,7 @@ from outcrop.api.paging import make_token, page_size, read_token
 from outcrop.api.resources import JOB, find
 from outcrop.errors import ConflictException
 from outcrop.ids import customization_job_arn, new_id
+from outcrop.jobs.estimate import check_fits, parent_folder
 from outcrop.jobs.queue import job_needs
 from outcrop.jobs.states import statuses_of, wire_status
 from outcrop.store import jobs, tags
@@ -42,7 +43,7 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
             assert job is not None, "jobs are never deleted"
             return {"jobArn": job.arn}
         prepared = prepare(connection, context, params)
-    check_objects(services.objects, prepared)
+    data_bytes = check_objects(services.objects, prepared)
 
     job_id = new_id()
     base = prepared.base
@@ -53,6 +54,12 @@ def create(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:
         "customModelId": new_id(),
     }
     cores, memory_bytes = job_needs(services.settings, base, prepared.plan)
+    check_fits(
+        *(services.settings, base, prepared.plan),
+        cores=cores,
+        data_bytes=data_bytes,
+        parent=parent_folder(services.settings, spec),
+    )
     new_job = NewJob(
         id=job_id,
         account=context.account,

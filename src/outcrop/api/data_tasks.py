@@ -32,7 +32,10 @@ _ECHOED = (
 )
 _CONFIGS = {"splitConfig": "split", "convertConfig": "convert"}
 """Members that belong to one kind of task."""
-_FOUND = ("verdict", "rejection", "counts", "countsByCode", "defects", "files", "outputs")
+_FOUND = (
+    *("verdict", "rejection", "counts", "countsByCode", "defects", "files", "outputs"),
+    "estimate",
+)
 
 
 def start(context: RequestContext, params: dict[str, Any]) -> dict[str, Any]:

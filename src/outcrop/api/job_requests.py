@@ -131,20 +131,20 @@ def prepare(connection: Connection, context: RequestContext, params: dict[str, A
     )
 
 
-def check_objects(objects: ObjectStore, prepared: Prepared) -> None:
-    """Refuse unless the files and the bucket for the output are there.
+def check_objects(objects: ObjectStore, prepared: Prepared) -> int:
+    """Return the bytes of the files; refuse unless they and the bucket for the output are there.
 
     Raises:
         ValidationException: so it is.
         ObjectStoreError: the store is away.
     """
     check_bucket(objects, prepared.output)
-    if prepared.from_logs:
+    found = [check_present(objects, uri, VALIDATION) for uri in prepared.validation]
+    if prepared.from_logs:  # what is made of them is not known before they are read
         check_source_present(objects, prepared.training)
     else:
-        check_present(objects, prepared.training, TRAINING)
-    for uri in prepared.validation:
-        check_present(objects, uri, VALIDATION)
+        found.append(check_present(objects, prepared.training, TRAINING))
+    return sum(each.num_bytes for each in found)
 
 
 def hold_parent(

@@ -56,6 +56,7 @@ def _fail(message: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser; docs/cli.md is checked against it."""
     from outcrop.cli import commands
+    from outcrop.cli.cost import add_cost, add_estimate
     from outcrop.cli.data import add_data
 
     top = argparse.ArgumentParser(
@@ -108,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     add("settings", commands.settings, "Print every setting, its value and where it came from.")
     gc = add("gc", commands.gc, "Remove what nothing needs any more.")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    add_cost(subcommands, common, commands.cost)
+    add_estimate(subcommands, common, commands.estimate)
     add_data(subcommands, common, commands.data)
     models = add(
         "models", commands.models, "Show the base models, add one, or export a custom one."

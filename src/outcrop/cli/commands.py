@@ -133,6 +133,21 @@ def gc(options: argparse.Namespace) -> int:
     return 0
 
 
+def cost(options: argparse.Namespace) -> int:
+    """Print the ledger, or sums of it."""
+    from outcrop.cli.cost_report import report
+
+    print(report(_settings(options), options))
+    return 0
+
+
+def estimate(options: argparse.Namespace) -> int:
+    """Print what a job will take and cost."""
+    from outcrop.cli.estimate import estimate
+
+    return estimate(_settings_and_data_dir(options), options)
+
+
 def models(options: argparse.Namespace) -> int:
     """Show what the catalogue knows of a model, add a folder to it, or export a custom model."""
     from outcrop.models.catalog import load_catalog

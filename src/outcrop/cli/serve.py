@@ -23,6 +23,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from outcrop.identity.bootstrap import bootstrap
+from outcrop.meter.prices import load_prices
+from outcrop.models.catalog import load_catalog
 from outcrop.objects import embedded
 from outcrop.processes.address import GATEWAY, clear_address, write_address
 from outcrop.processes.spawn import READY_LINE, ChildSpec
@@ -63,9 +65,11 @@ def run_service(settings: Settings, on_ready: Callable[[str], None]) -> int:
         StoreError: the data directory is in use by another service, or its database is newer than
             this code.
         ChildError: a part of the service could not be started; the message has the end of its log.
-        SettingsError: the engine that is to serve is not installed.
+        SettingsError: the engine that is to serve is not installed, or the price book cannot be
+            used.
     """
     check_engine_setting(settings.serve_engine)
+    load_prices(settings.price_book, load_catalog(settings).all_ids)
     asked: list[int] = []
     # Until there are processes to end, it just ends; SIGINT is a KeyboardInterrupt by itself.
     signal.signal(signal.SIGTERM, _end)

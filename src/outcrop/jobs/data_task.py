@@ -19,12 +19,14 @@ from sqlalchemy import Engine
 from outcrop.data.check import Check
 from outcrop.data.defects import SEVERITIES
 from outcrop.data.report import describe_defect
-from outcrop.errors import LeaseLost, ModelError, OutOfMemoryError, StopRequested
+from outcrop.errors import LeaseLost, ModelError, OutOfMemoryError, SettingsError, StopRequested
 from outcrop.ids import S3Uri
 from outcrop.jobs import artifacts, making, validation
+from outcrop.jobs.estimate import Counts, describe_estimate, estimate_job
 from outcrop.jobs.publishing import begin_stage
 from outcrop.jobs.queue import JOB_NEEDS
 from outcrop.jobs.validation import Checked, Start
+from outcrop.meter.prices import PriceBook, load_prices
 from outcrop.models.catalog import BaseModel, load_catalog
 from outcrop.objects.client import ObjectStore, object_store
 from outcrop.settings import Settings
@@ -103,8 +105,9 @@ def _check(
     report_uri = folder.join(artifacts.DATA_REPORT_PAGE)
     checked = validation.check_inputs(settings, engine, job, base, start, report_uri, should_stop)
     refusal = None if checked.refusal is None else checked.refusal.message
+    foretold = None
     if job.spec["kind"] == PREFLIGHT and refusal is None:
-        refusal = _does_not_fit(settings, engine, job, base, start)
+        foretold, refusal = _foretell(settings, engine, job, base, start, checked)
     report = {**checked.report, "rejection": refusal}
     written = validation.write_report(engine, objects, job, report, folder)
     return {
@@ -113,19 +116,46 @@ def _check(
         **_found(checked),
         "files": _files(checked.check, start),
         "outputs": describe_outputs(folder, written),
+        **({} if foretold is None else {"estimate": foretold}),
     }
 
 
-def _does_not_fit(
-    settings: Settings, engine: Engine, job: Job, base: BaseModel, start: Start
-) -> str | None:
-    """Return why the job would not fit into memory, or None where it would."""
+def _foretell(
+    settings: Settings, engine: Engine, job: Job, base: BaseModel, start: Start, checked: Checked
+) -> tuple[dict[str, Any], str | None]:
+    """Return what the job will take and cost, and why it would not fit, or None where it would."""
     data = validation.read_data(settings, job, base, start)
+    refusal = None
     try:
         validation.settle(settings, engine, replace(job, **job.spec[JOB_NEEDS]), start, data)
     except OutOfMemoryError as error:
-        return str(error)
-    return None
+        refusal = str(error)
+    lengths = [len(example.input_ids) for example in data.training]
+    trained = lengths
+    if len(start.inputs) == 1 and start.plan.evaluation_percentage:
+        trained, _ = start.plan.split(lengths)
+    measured = checked.report["training"] or {}
+    name, speed = measured.get("measuredBy"), measured.get("tokensPerSecond")
+    found = estimate_job(
+        *(settings, replace(base, weights=job.spec["weights"]), start.plan),
+        cores=job.spec[JOB_NEEDS]["cores"],
+        data_bytes=sum(item.num_bytes for item in start.inputs),
+        book=_prices(settings),
+        parent=start.parent,
+        counts=Counts(sum(trained), max(lengths, default=0)),
+        speed=(name, speed) if name and speed else None,
+    )
+    refused = found.refusal.message if found.refusal and settings.refuse_unfit_jobs else None
+    refusal = refusal or refused
+    described = {**describe_estimate(found), "fits": refusal is None}
+    return described | ({} if refusal is None else {"refusal": refusal}), refusal
+
+
+def _prices(settings: Settings) -> PriceBook:
+    try:
+        return load_prices(settings.price_book)
+    except SettingsError as error:  # changed since the start, which refuses a wrong one
+        raise ModelError(str(error)) from error
 
 
 def _found(checked: Checked) -> dict[str, Any]:

@@ -115,6 +115,34 @@ def choose_portions(
     raise OutOfMemoryError(_refusal(examples, longest, needed, allowed))
 
 
+def least_needed(shape: ModelShape, plan: TrainPlan, lanes: int) -> int:
+    """Return the bytes of memory that a job needs however short its records are: the last portions
+    that `choose_portions` tries, and no record longer than those.
+    """
+    return _needed(shape, plan, Portions(LEAST_TOKENS, 0), 1, lanes)
+
+
+def needed_for(shape: ModelShape, plan: TrainPlan, longest: int, allowed: int, lanes: int) -> int:
+    """Return the bytes of memory that a job takes with the portions that it would be given; the
+    least that it can do with where none fit.
+
+    Args:
+        longest: tokens of its longest record.
+        lanes: rows that are computed at the same time: one for each core of the job.
+    """
+    needed = 0
+    for portions in _preferred(longest, lanes):
+        needed = _needed(shape, plan, portions, longest, lanes)
+        if needed <= allowed:
+            break
+    return needed
+
+
+def may_use_gpu(settings: Settings) -> bool:
+    """Say whether a job may train on a GPU of this machine: then its memory is not what counts."""
+    return settings.train_device != "cpu" and any(Path(path).exists() for path in _GPU_FILES)
+
+
 def portions_of_job(
     settings: Settings,
     shape: ModelShape,
@@ -131,7 +159,7 @@ def portions_of_job(
     try:
         return choose_portions(shape, plan, examples, allowed, lanes)
     except OutOfMemoryError:
-        if settings.train_device == "cpu" or not any(Path(path).exists() for path in _GPU_FILES):
+        if not may_use_gpu(settings):
             raise
         return Portions(LEAST_TOKENS, 0)
 

@@ -23,7 +23,7 @@ from outcrop.identity.authorize import authorize
 from outcrop.identity.principals import Principal
 from outcrop.ids import ID_LENGTH, S3Uri, parse_s3_uri
 from outcrop.jobs.artifacts import WRITE_CHECK, step_metrics_object, validation_metrics_objects
-from outcrop.objects.client import IS_AWAY, ObjectStore
+from outcrop.objects.client import IS_AWAY, ObjectInfo, ObjectStore
 from outcrop.objects.keys import check_key
 
 TRAINING, VALIDATION = "trainingDataConfig.s3Uri", "validationDataConfig.validators.s3Uri"
@@ -142,8 +142,9 @@ def _check_bucket(objects: ObjectStore, uri: S3Uri, what: str) -> None:
     )
 
 
-def check_present(objects: ObjectStore, uri: S3Uri, member: str) -> None:
-    """Refuse unless the object exists: a missing bucket, a missing key and a folder are told apart.
+def check_present(objects: ObjectStore, uri: S3Uri, member: str) -> ObjectInfo:
+    """Return what the store tells of the object; refuse unless it exists: a missing bucket, a
+    missing key and a folder are told apart.
 
     Args:
         member: names the URI in the error.
@@ -152,8 +153,9 @@ def check_present(objects: ObjectStore, uri: S3Uri, member: str) -> None:
         ObjectStoreError: the store is away; nothing is known of the object.
     """
     try:
-        if objects.head(uri) is not None:
-            return
+        found = objects.head(uri)
+        if found is not None:
+            return found
         if not objects.bucket_exists(uri.bucket):
             reason = "The bucket does not exist."
         elif next(iter(objects.list(uri.bucket, uri.key + "/")), None) is not None:

@@ -192,6 +192,11 @@ class Catalog:
     settings: Settings | None = None
     """Where imported models lie, which no list shows; None knows of none."""
 
+    @property
+    def all_ids(self) -> tuple[str, ...]:
+        """Every id of every model."""
+        return tuple(identifier for model in self.models for identifier in model.ids)
+
     def resolve(self, identifier: str, *, region: str | None = None) -> BaseModel | None:
         """Find a model by id, context-suffixed id, alias or foundation-model ARN.
 

@@ -12,12 +12,13 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from outcrop.errors import ServiceQuotaExceededException
-from outcrop.store import tables
+from outcrop.store import ledger, tables
 from outcrop.store.database import lock_account
 from outcrop.store.jobs import LIVE
 from outcrop.store.listing import Listing, list_page
 from outcrop.store.models import refuse_if_used
 from outcrop.store.rows import IMPORT, ImportedModel, NewImportedModel, Page, from_row
+from outcrop.store.rows_ledger import Span
 from outcrop.store.tags import put_tags, remove_tags
 
 _TABLE = tables.imported_model
@@ -26,7 +27,17 @@ _TABLE = tables.imported_model
 def insert_imported_model(connection: Connection, new: NewImportedModel) -> None:
     """Publish a model with its tags. The names were checked when its job was created."""
     values = {name: value for name, value in vars(new).items() if name != "tags"}
-    connection.execute(sa.insert(_TABLE).values(**values, created_at=datetime.now(UTC)))
+    now = datetime.now(UTC)
+    connection.execute(sa.insert(_TABLE).values(**values, created_at=now))
+    ledger.begin_span(
+        connection,
+        Span(
+            *(new.account, new.region, new.arn, ledger.STORAGE, new.name),
+            model_arn=new.arn,
+            quantity=1,
+            begun_at=now,
+        ),
+    )
     if new.tags:
         put_tags(connection, new.account, new.region, new.arn, new.tags)
 
@@ -81,4 +92,5 @@ def delete_imported_model(connection: Connection, model: ImportedModel) -> None:
     lock_account(connection, model.account, model.region)
     refuse_if_used(connection, model, "imported")
     connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == model.id))
+    ledger.end_span(connection, model.account, model.region, model.arn, ledger.STORAGE)
     remove_tags(connection, model.account, model.region, model.arn)

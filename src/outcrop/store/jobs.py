@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from outcrop.store import events, models, tables, tokens
+from outcrop.store import events, ledger, models, tables, tokens
 from outcrop.store.database import lock_account
 from outcrop.store.job_names import check_model_quota, check_names
 from outcrop.store.listing import Listing, contains, list_page
@@ -307,6 +307,7 @@ def request_stop(connection: Connection, job_id: str) -> bool:
 def _ask_to_stop(connection: Connection, job_id: str) -> bool:
     now = datetime.now(UTC)
     if _move(connection, job_id, "queued", status="stopped", ended_at=now, last_modified_at=now):
+        ledger.record_training(connection, job_id)
         _set_live_stages(connection, job_id, "Stopped")
         _event(connection, job_id, "INFO", "Stopped", "Stopped while it waited for a worker.")
         return True
@@ -394,6 +395,7 @@ def fail_exhausted(connection: Connection, max_attempts: int) -> list[str]:
             ended_at=(now := datetime.now(UTC)),
             last_modified_at=now,
         ):
+            ledger.record_training(connection, job.id)
             _event(connection, job.id, "ERROR", "Failed", message)
             models.fail_creation(connection, job.id, message[:MAX_FAILURE_MESSAGE])
             failed.append(job.id)
@@ -495,6 +497,7 @@ def _complete(connection: Connection, job_id: str, fence: int, result: dict[str,
     )
     if connection.execute(query).rowcount != 1:
         return False
+    ledger.record_training(connection, job_id)
     _set_live_stages(connection, job_id, "Completed")
     return True
 
@@ -516,6 +519,7 @@ def fail_job(connection: Connection, job_id: str, fence: int, message: str) -> b
     )
     if connection.execute(query).rowcount != 1:
         return False
+    ledger.record_training(connection, job_id)
     _set_live_stages(connection, job_id, "Failed")
     _event(connection, job_id, "ERROR", "Failed", message)
     models.fail_creation(connection, job_id, message[:MAX_FAILURE_MESSAGE])
@@ -538,6 +542,7 @@ def _end_stopped(
     )
     if connection.execute(query).rowcount != 1:
         return False
+    ledger.record_training(connection, job_id)
     _set_live_stages(connection, job_id, "Stopped")
     _event(connection, job_id, "INFO", "Stopped", "The job was stopped by its owner.")
     return True

@@ -10,12 +10,13 @@ from sqlalchemy import Connection
 
 from outcrop.errors import ConflictException
 from outcrop.ids import imported_path, is_imported, parse_arn
-from outcrop.store import tables
+from outcrop.store import ledger, tables
 from outcrop.store.database import lock_account
 from outcrop.store.listing import Listing, list_page
 from outcrop.store.model_users import users_of
 from outcrop.store.policies import remove_policy
 from outcrop.store.rows import CustomModel, ImportedModel, NewCustomModel, Page, from_row
+from outcrop.store.rows_ledger import Span
 from outcrop.store.tags import put_tags, remove_tags
 
 _TABLE = tables.custom_model
@@ -30,14 +31,17 @@ def insert_model(
         creation_job_id: the job that is yet to make it; until then the model is Creating.
     """
     values = {name: value for name, value in vars(new).items() if name != "tags"}
+    now = datetime.now(UTC)
     connection.execute(
         sa.insert(_TABLE).values(
             **values,
             status="Active" if creation_job_id is None else "Creating",
             creation_job_id=creation_job_id,
-            created_at=datetime.now(UTC),
+            created_at=now,
         )
     )
+    if creation_job_id is None:
+        _begin_storage(connection, _TABLE.c.id == new.id, now)
     if new.tags:
         put_tags(connection, new.account, new.region, new.arn, new.tags)
 
@@ -48,10 +52,25 @@ def finish_creation(connection: Connection, job_id: str, **values: Any) -> None:
     Args:
         values: what is known of it only now: columns of its row.
     """
-    connection.execute(
-        sa.update(_TABLE)
-        .where(_TABLE.c.creation_job_id == job_id, _TABLE.c.status == "Creating")
-        .values(status="Active", **values)
+    made = _TABLE.c.creation_job_id == job_id
+    query = sa.update(_TABLE).where(made, _TABLE.c.status == "Creating")
+    if connection.execute(query.values(status="Active", **values)).rowcount:
+        _begin_storage(connection, made, datetime.now(UTC))
+
+
+def _begin_storage(
+    connection: Connection, which: sa.ColumnElement[bool], begun_at: datetime
+) -> None:
+    """Note in the ledger that a model is there."""
+    model = from_row(CustomModel, connection.execute(sa.select(_TABLE).where(which)).one())
+    ledger.begin_span(
+        connection,
+        Span(
+            *(model.account, model.region, model.arn, ledger.STORAGE, model.name),
+            model_arn=model.foundation_model_arn,
+            quantity=1,
+            begun_at=begun_at,
+        ),
     )
 
 
@@ -157,6 +176,7 @@ def delete_model(connection: Connection, model: CustomModel) -> None:
         )
     refuse_if_used(connection, model, "custom")
     connection.execute(sa.delete(_TABLE).where(_TABLE.c.id == model.id))
+    ledger.end_span(connection, model.account, model.region, model.arn, ledger.STORAGE)
     remove_tags(connection, model.account, model.region, model.arn)
     remove_policy(connection, model.account, model.region, model.arn)
 

@@ -469,3 +469,49 @@ event_settled = sa.Table(
     sa.PrimaryKeyConstraint("account", "region", "outbox_id", "target"),
     sa.Index("event_settled_outbox", "outbox_id"),
 )
+
+metered_span = sa.Table(
+    "metered_span",
+    metadata,
+    *_scope(),
+    _required("resource_arn", sa.String(1011)),
+    _required("kind", sa.String(16)),
+    _required("name", sa.String(63)),
+    # Of the base model at the root: prices are its.
+    _required("model_arn", sa.String(1011)),
+    _required("quantity", sa.Integer),
+    sa.Column("commitment", sa.String(16)),
+    _required("begun_at", Instant),
+    sa.Column("ended_at", Instant),
+    # A commitment is paid to its end, also where the resource went before.
+    sa.Column("billed_until", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "resource_arn", "kind"),
+)
+
+metered_training = sa.Table(
+    "metered_training",
+    metadata,
+    *_scope(),
+    _required("job_id", sa.String(12)),
+    # Under which the job ended: one that is taken up again ends again, with what it trained since.
+    _required("fence", sa.Integer),
+    _required("job_arn", sa.String(1011)),
+    _required("job_name", sa.String(63)),
+    _required("model_arn", sa.String(1011)),
+    _required("status", sa.String(16)),
+    _required("tokens", sa.BigInteger),
+    _required("begun_at", Instant),
+    _required("ended_at", Instant),
+    sa.PrimaryKeyConstraint("account", "region", "job_id", "fence", "status"),
+    sa.Index("metered_training_end", "account", "region", "ended_at"),
+)
+
+deleted_tag = sa.Table(
+    "deleted_tag",
+    metadata,
+    *_scope(),
+    _required("resource_arn", sa.String(1011)),
+    _required("key", sa.String(128)),
+    _required("value", sa.String(256)),
+    sa.PrimaryKeyConstraint("account", "region", "resource_arn", "key"),
+)

@@ -77,10 +77,18 @@ def put_tags(
 def remove_tags(
     connection: Connection, account: str, region: str, arn: str, keys: Collection[str] | None = None
 ) -> None:
-    """Remove the tags of these keys; None removes all."""
+    """Remove the tags of these keys; None removes all, because the resource is deleted.
+
+    Its tags are kept then for the ledger, which goes on telling what it cost.
+    """
     query = sa.delete(tables.tag).where(*_of(account, region, arn))
     if keys is not None:
         query = query.where(tables.tag.c.key.in_(keys))
+    else:
+        names = ("account", "region", "resource_arn", "key", "value")
+        found = sa.select(*(tables.tag.c[name] for name in names))
+        found = found.where(*_of(account, region, arn))
+        connection.execute(sa.insert(tables.deleted_tag).from_select(names, found))
     connection.execute(query)
 
 
@@ -93,3 +101,18 @@ def list_tags(connection: Connection, account: str, region: str, arn: str) -> di
 def _of(account: str, region: str, arn: str) -> tuple[sa.ColumnElement[bool], ...]:
     columns = tables.tag.c
     return (columns.account == account, columns.region == region, columns.resource_arn == arn)
+
+
+def tags_for_ledger(connection: Connection, account: str, region: str) -> dict[str, dict[str, str]]:
+    """Return the tags of an account's resources by ARN: as they are now, or as they were when the
+    resource was deleted.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for table in (tables.deleted_tag, tables.tag):
+        columns = table.c
+        query = sa.select(columns.resource_arn, columns.key, columns.value).where(
+            columns.account == account, columns.region == region
+        )
+        for row in connection.execute(query.order_by(columns.resource_arn, columns.key)):
+            found.setdefault(row.resource_arn, {})[row.key] = row.value
+    return found

@@ -16,11 +16,12 @@ from outcrop.errors import (
     ServiceQuotaExceededException,
     ValidationException,
 )
-from outcrop.store import tables, tokens
+from outcrop.store import ledger, tables, tokens
 from outcrop.store.database import lock_account, lock_machine
 from outcrop.store.listing import Listing, list_page
 from outcrop.store.policies import remove_policy
 from outcrop.store.rows import NewProvisionedModel, Page, ProvisionedModel, from_row
+from outcrop.store.rows_ledger import Span
 from outcrop.store.tags import remove_tags
 from outcrop.store.tokens import RequestToken
 
@@ -96,6 +97,16 @@ def create_throughput(
             last_modified_at=now,
         )
     )
+    ledger.begin_span(
+        connection,
+        Span(
+            *(new.account, new.region, new.arn, ledger.MODEL_UNITS, new.name),
+            model_arn=new.foundation_model_arn,
+            quantity=new.model_units,
+            commitment=new.commitment,
+            begun_at=now,
+        ),
+    )
     tokens.remember(connection, token, new.id)
     created = _by_id(connection, new.id)
     assert created is not None
@@ -165,10 +176,13 @@ def mark_in_service(connection: Connection, weights: str) -> int:
 
 
 def mark_failed(connection: Connection, weights: str, message: str) -> int:
-    """Fail the throughputs that wait for these weights; returns how many.
+    """Fail the throughputs that wait for these weights, and charge nothing for them; returns how
+    many.
 
     One that was to change its model stays in service with the one it has.
     """
+    creating = sa.and_(_TABLE.c.desired_weights == weights, _TABLE.c.status == "Creating")
+    ledger.drop_spans(connection, sa.select(_TABLE.c.arn).where(creating), ledger.MODEL_UNITS)
     return _move(connection, weights, "Creating", status="Failed", failure_message=message) + _move(
         *(connection, weights, "Updating"),
         status="InService",
@@ -243,6 +257,11 @@ def delete_throughput(connection: Connection, found: ProvisionedModel, *, now: d
             f"The provisioned throughput {found.name} is Updating and cannot be deleted. Try again "
             "when it is InService."
         )
+    ledger.end_span(
+        *(connection, found.account, found.region, found.arn, ledger.MODEL_UNITS),
+        at=now,
+        billed_until=current_term_end(found, now),
+    )
     remove_tags(connection, found.account, found.region, found.arn)
     remove_policy(connection, found.account, found.region, found.arn)
 

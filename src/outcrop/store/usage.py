@@ -5,6 +5,7 @@ overwritten.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -50,3 +51,55 @@ def list_usage(
         from_row(UsageKey, row): from_row(TokenUsage, row)
         for row in connection.execute(query.order_by(_TABLE.c.hour, _TABLE.c.model_arn))
     }
+
+
+@dataclass(frozen=True)
+class UsageTotal:
+    """What was answered under one key over some hours."""
+
+    model_arn: str
+    throughput_arn: str
+    """Of the provisioned throughput that was asked; empty where none was."""
+    endpoint_arn: str
+    """Of another resource that was asked for the model; empty where none was."""
+    batch: bool
+    """Whether a batch job asked."""
+    first_hour: datetime
+    last_hour: datetime
+    """The beginning of the last hour in which something was answered."""
+    usage: TokenUsage
+
+
+def total_usage(
+    connection: Connection, account: str, region: str, *, since: datetime, until: datetime
+) -> list[UsageTotal]:
+    """Return an account's usage added up over the hours that begin in a period."""
+    columns = _TABLE.c
+    keys = [column for column in _TABLE.primary_key if column.name != "hour"]
+    counts = ("requests", "input_tokens", "output_tokens")
+    query = (
+        sa.select(
+            *keys,
+            sa.func.min(columns.hour).label("first_hour"),
+            sa.func.max(columns.hour).label("last_hour"),
+            *(sa.func.sum(columns[name]).label(name) for name in counts),
+        )
+        .where(
+            *(columns.account == account, columns.region == region),
+            *(columns.hour >= since, columns.hour < until),
+        )
+        .group_by(*keys)
+        .order_by(*keys)
+    )
+    return [
+        UsageTotal(
+            model_arn=row["model_arn"],
+            throughput_arn=row["throughput_arn"],
+            endpoint_arn=row["endpoint_arn"],
+            batch=row["batch"],
+            first_hour=row["first_hour"],
+            last_hour=row["last_hour"],
+            usage=TokenUsage(**{name: int(row[name]) for name in counts}),
+        )
+        for row in connection.execute(query).mappings()
+    ]

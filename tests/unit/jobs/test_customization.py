@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from sqlalchemy import Engine
 from tests.unit.jobs.conftest import bootstrapped
 from tests.unit.jobs.memory_store import BUCKET, MemoryStore
-from tests.unit.store.build import ACCOUNT, BASE_ARN, REGION, claimed, queued
+from tests.unit.store.build import ACCOUNT, BASE_ARN, REGION, claimed, new_task, queued
 from tests.unit.store.syncs import record_syncs
 
 from outcrop.errors import (
@@ -29,12 +30,12 @@ from outcrop.errors import (
 from outcrop.evaluate import parity
 from outcrop.identity.bootstrap import CUSTOMIZATION_ROLE
 from outcrop.ids import S3Uri, new_id, role_arn
-from outcrop.jobs import artifacts, customization, reporting
+from outcrop.jobs import artifacts, customization, data_task, reporting
 from outcrop.models.catalog import load_catalog
 from outcrop.models.describe import add_model
 from outcrop.models.lora import load_adapter
 from outcrop.settings import Settings, child_environment
-from outcrop.store import events, jobs, metrics, models
+from outcrop.store import events, jobs, ledger, metrics, models
 from outcrop.store.database import transaction
 from outcrop.store.rows import Job
 
@@ -134,6 +135,28 @@ def test_job_goes_stage_by_stage_to_its_model(
     assert load_adapter(settings.data_dir / model.artifact_path).tensors
     steps = objects.content[artifacts.step_metrics_object(OUTPUT, job.id)]
     assert len(steps.splitlines()) == 1 + 1, "8 of the 10 records are left: one batch"
+
+
+def test_job_is_charged_the_tokens_that_a_preflight_foretold(
+    settings: Settings, engine: Engine, objects: MemoryStore
+) -> None:
+    own = {"epochCount": "2", "batchSize": "8", "evalPercentage": "20"}
+    job = held(settings, engine, userHyperParameters=own)
+    needs = {"cores": 1, "memory_bytes": 4 << 30}
+    spec = {**job.spec, "kind": "preflight", "jobNeeds": needs}
+    with transaction(engine) as connection:
+        task = claimed(connection, jobs.create_job(connection, new_task(new_id(), spec=spec)))
+    data_task.run(settings, engine, task, lambda: False, objects=objects)
+    customization.run(settings, engine, job, lambda: False, objects=objects)
+    with engine.connect() as connection:
+        told = jobs.get_job_by_id(connection, task.id)
+        (charged,) = ledger.list_training(
+            connection, ACCOUNT, REGION, since=job.created_at, until=datetime.now(UTC)
+        )
+    assert told is not None
+    assert told.result is not None
+    assert charged.tokens == told.result["estimate"]["numTokens"] > 0
+    assert (charged.job_name, charged.status) == (job.name, "completed")
 
 
 def test_model_is_published_with_what_serving_says_of_it(

@@ -20,6 +20,7 @@ from outcrop.store.migrations import (
     m0007_endpoints,
     m0008_imported,
     m0009_delivery,
+    m0010_ledger,
     m0011_job_lists,
     m0013_batch,
 )
@@ -36,6 +37,7 @@ MIGRATIONS: tuple[Migration, ...] = (
     m0007_endpoints.apply,
     m0008_imported.apply,
     m0009_delivery.apply,
+    m0010_ledger.apply,
     m0011_job_lists.apply,
     m0013_batch.apply,
 )

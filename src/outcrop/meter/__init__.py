@@ -1,0 +1,1 @@
+"""What use costs: prices as data, billing months, and the ledger that is computed from rows."""
