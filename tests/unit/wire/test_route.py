@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outcrop.errors import ApiError
+from outcrop.wire import route
 from outcrop.wire.model import REST_SERVICES, service_model
 from outcrop.wire.route import match
 
@@ -124,3 +125,9 @@ def test_a_label_comes_back_as_it_was_encoded(label: str) -> None:
     except UnicodeEncodeError:
         return  # half a surrogate pair is no text
     assert match("GET", f"/custom-models/{encoded}").path_params == {"modelIdentifier": label}
+
+
+def test_the_models_can_be_loaded_before_the_first_request() -> None:
+    route._tree.cache_clear()
+    route.load()
+    assert route._tree.cache_info().currsize == 1
