@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from outcrop.serve.prompt_formats import FAMILIES, NativeRequest, parse_body
 from outcrop.serve.prompt_formats.converse import check_paths, parse_converse, response_fields
 from outcrop.serve.request import Generation, SamplingParams
 
+IMPORTED_FAMILY = "imported"
 TURNS = [{"role": "user", "content": [{"text": "Hi"}]}]
 DEFAULTS: dict[str, SamplingParams] = {
     "titan": SamplingParams(temperature=0.7, top_p=0.9),
@@ -26,10 +28,13 @@ DEFAULTS: dict[str, SamplingParams] = {
     "mistral": SamplingParams(temperature=0.5, top_p=0.9, top_k=50),
     "claude": SamplingParams(temperature=1.0, top_p=1.0),
     "nova": SamplingParams(temperature=0.7, top_p=0.9),
+    "imported": SamplingParams(temperature=0.5, top_p=0.9),
 }
 
 
 def base(family: str) -> BaseModel:
+    if family == IMPORTED_FAMILY:  # no model that ships was imported
+        return replace(base("llama"), body_family=IMPORTED_FAMILY)
     return next(model for model in shipped_models() if model.body_family == family)
 
 

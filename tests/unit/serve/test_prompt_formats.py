@@ -90,7 +90,10 @@ def test_the_shortest_body_has_the_familys_defaults(family: str) -> None:
 
 
 def test_every_family_of_the_catalogue_is_spoken() -> None:
-    assert {model.body_family for model in shipped_models()} <= set(FAMILIES) == set(BODIES)
+    shipped = {model.body_family for model in shipped_models()}
+    assert shipped <= set(FAMILIES)
+    # Imported models have three forms of a body, and a module of tests of their own.
+    assert set(FAMILIES) == {*BODIES, "imported"}
 
 
 def test_titans_own_names_are_read() -> None:
