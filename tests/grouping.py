@@ -1,7 +1,8 @@
 """Which tests stay together when `make test` runs them in two processes.
 
 A pytest plug-in for pytest-xdist: the tests of one file share a process, because they share
-fixtures, and so do all end-to-end tests, because they share one service and one trained model.
+fixtures, and so do the end-to-end tests, because they share one service and one trained model; but
+for the files that only start services of their own, which may run beside them.
 
 Not by `xdist_group` marks: xdist 3.8 writes the group into an attribute that pytest 9.2 does not
 read any more, and then each test goes wherever there is room, without a word. So it is also looked
@@ -15,6 +16,11 @@ from xdist.remote import Producer  # type: ignore[import-untyped]
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 END_TO_END = "tests/e2e/"
+OWN_SERVICES = tuple(
+    f"{END_TO_END}test_{name}.py"
+    for name in ("architectures", "disk_full", "evaluation_harness", "recovery", "units")
+)
+"""Files that do not use the shared service."""
 
 _processes: dict[str, str] = {}
 """Group -> the process that has run tests of it."""
@@ -30,7 +36,8 @@ class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
 def group_of(nodeid: str) -> str:
     """Return what a test shares its process with."""
     file = nodeid.partition("::")[0]
-    return END_TO_END if file.startswith(END_TO_END) else file
+    shares = file.startswith(END_TO_END) and file not in OWN_SERVICES
+    return END_TO_END if shares else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:

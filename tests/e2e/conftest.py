@@ -39,9 +39,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     environment = {"OUTCROP_JOB_SLOTS": "1", "OUTCROP_INVOCATION_LOG_SECONDS": "1"}
     running = Service(tmp_path_factory.mktemp("service") / "data", **environment)
     running.start()
-    Service.warm = running.data_dir
     yield running
-    Service.warm = None
     running.stop()
 
 

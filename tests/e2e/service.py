@@ -59,8 +59,8 @@ class Service:
     """`outcrop serve` on a data directory, started and ended any number of times."""
 
     warm: ClassVar[Path | None] = None
-    """Data directory of a service that ran before on this machine. Those that start later have what
-    it compiled, packed and measured there, which would take each of them many seconds."""
+    """Data directory of the first service of this process. Those that start later have what it has
+    compiled, packed and measured by then, which would take each of them many seconds."""
 
     def __init__(self, data_dir: Path, **environment: str) -> None:
         self.data_dir = data_dir
@@ -89,6 +89,7 @@ class Service:
         started = time.monotonic()
         self._process = self.spawn()
         self.url = _ready_url(self._process)
+        Service.warm = Service.warm or self.data_dir
         return time.monotonic() - started
 
     def spawn(self) -> subprocess.Popen[str]:

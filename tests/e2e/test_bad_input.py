@@ -92,7 +92,7 @@ REFUSED_JOBS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"trainingDataConfig": {"s3Uri": "https://bad-input/train.jsonl"}},
         ["trainingDataConfig.s3Uri", "https://bad-input/train.jsonl"],
     ),
-    "no training data": ({"trainingDataConfig": {}}, ["trainingDataConfig.s3Uri"]),
+    "no training data": ({"trainingDataConfig": {}}, ["trainingDataConfig", "s3Uri"]),
     "two validators": (
         {"validationDataConfig": {"validators": [{"s3Uri": "s3://bad-input/train.jsonl"}] * 2}},
         ["validators", "2 entries", "one"],
