@@ -50,6 +50,16 @@ def test_keys_of_imported_weights_lead_to_their_folder_and_no_other_id_does() ->
         assert not ids.is_imported(other)
 
 
+def test_arns_of_our_own_kinds_have_bedrocks_form() -> None:
+    for make, kind in (
+        (ids.batch_job_arn, "model-invocation-job"),
+        (ids.model_export_arn, "model-export"),
+        (ids.checkpoint_model_arn, "checkpoint-model"),
+    ):
+        arn = make(REGION, ACCOUNT, "a1b2c3d4e5f6")
+        assert arn == f"arn:aws:bedrock:{REGION}:{ACCOUNT}:{kind}/a1b2c3d4e5f6"
+
+
 def test_new_ids_are_twelve_lower_case_letters_and_digits_and_do_not_repeat() -> None:
     made = {ids.new_id() for _ in range(1000)}
     assert len(made) == 1000

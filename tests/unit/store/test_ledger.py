@@ -323,3 +323,14 @@ def test_an_older_database_brings_its_models_throughputs_and_jobs_into_the_ledge
     assert len(kept[0]) == 2
     assert [row.tokens for row in kept[1]] == [7]
     engine.dispose()
+
+
+def test_names_and_roots_of_what_has_or_had_a_span_are_known_by_arn(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        job = running(connection, "r")
+        assert complete(connection, job)
+    (span,) = spans(engine)
+    with engine.connect() as connection:
+        roots = ledger.root_models(connection, *SCOPE)
+        assert roots == {span.resource_arn: ("m", BASE_ARN)}
+        assert ledger.root_models(connection, OTHER_ACCOUNT, REGION) == {}

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,19 @@ def test_segments_are_for_their_owner_only(tmp_path: Path) -> None:
     assert one.age_seconds is not None
     one.close()
     assert one.age_seconds is None
+
+
+def test_a_segment_tells_its_name_and_age_and_a_sync_brings_it_to_the_disk(tmp_path: Path) -> None:
+    spool = writer(tmp_path)
+    spool.append(b"one")
+    began = time.time()
+    for _ in range(2):
+        spool.sync()
+    for _ in range(2):
+        spool.close()
+    (path,) = segments(tmp_path)
+    with taken(path) as segment:
+        assert segment is not None
+        assert segment.records == (b"one",)
+        assert path.name.startswith(segment.name)
+        assert abs(segment.age_seconds - (time.time() - began)) < 60
