@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 
 import pytest
-from tests.e2e.service import Service, ask_base, new_bucket, wait_for
+from tests.e2e.service import JOB_SECONDS, Service, ask_base, new_bucket, wait_for
 
 pytestmark = [
     pytest.mark.e2e,
@@ -36,7 +36,7 @@ def test_a_model_that_cannot_be_written_fails_the_job_with_the_reason(own_servic
     work = own_service.data_dir / "work"
     wait_for(
         lambda: not [path for path in work.rglob("*") if path.is_file()],
-        20.0,
+        JOB_SECONDS,
         "the attempt's scratch files to go",
     )
     assert own_service.running
