@@ -39,6 +39,9 @@ LLAMA = "meta.llama2-13b-v1"
 PUBLISHED = {"epochCount": "1", "batchSize": "8", "learningRate": "0.00001"}
 """The hyperparameters of Bedrock's own examples."""
 
+ONE_THREAD = {"OUTCROP_TRAIN_THREADS": "1", "OUTCROP_SERVE_THREADS": "1"}
+"""Two processes of tests have a core each; threads that wait for one another would take far longer
+than one thread does."""
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0
 JOB_SECONDS = 300.0
@@ -103,7 +106,7 @@ class Service:
         with (self.data_dir / "serve.log").open("ab") as log:
             return subprocess.Popen(
                 (sys.executable, *command),
-                env={**inherited, **self._environment},
+                env={**inherited, **ONE_THREAD, **self._environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
