@@ -9,9 +9,12 @@ import signal
 import pytest
 from tests.e2e.service import Service, ask_base
 
+from outcrop.models.weights import SHIPPED_KEY
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-MODEL_SERVER = "outcrop model-server"
+MODEL_SERVER = f"outcrop model-server --weights {SHIPPED_KEY}"
+"""That of the base; models of weights of their own have others beside it."""
 
 
 def test_a_second_service_on_the_same_data_is_refused(service: Service) -> None:

@@ -18,12 +18,15 @@ import pytest
 from botocore.exceptions import ClientError, EventStreamError
 from tests.e2e.service import COHERE, LLAMA, TITAN, Service
 
+from outcrop.models.weights import SHIPPED_KEY
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT = "Name three colours."
 CLAUDE = "anthropic.claude-3-haiku-20240307-v1:0"
 NOVA = "amazon.nova-micro-v1:0"
-MODEL_SERVER = "model-server"
+MODEL_SERVER = f"outcrop model-server --weights {SHIPPED_KEY}"
+"""That of the base; models of weights of their own have others beside it."""
 CASES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     TITAN: (
         {"inputText": PROMPT, "textGenerationConfig": {"maxTokenCount": 16, "temperature": 0}},
