@@ -388,7 +388,7 @@ def _ready_url(process: subprocess.Popen[str]) -> str:
 
 def _descendants(root: int) -> list[Process]:
     listing = subprocess.run(
-        ("ps", "-A", "-o", "pid=,ppid=,args="), capture_output=True, text=True, check=True
+        ("ps", "-A", "-ww", "-o", "pid=,ppid=,args="), capture_output=True, text=True, check=True
     )
     children: dict[int, list[Process]] = {}
     for line in listing.stdout.splitlines():
